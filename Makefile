@@ -1,0 +1,26 @@
+# Each target sets up what it needs. Arguments pass through: make quickstart ARGS="run.seed=1"
+# Exit codes: make ends with 2 whenever a command fails, whatever the command's own code was.
+PYTHON_IN_VENV := .venv/bin/python
+
+.PHONY: help venv quickstart test check
+
+help:
+	@echo "make quickstart   distil the shipped toy pair across tokenizers, with a report (about two minutes)"
+	@echo "make test         the tests"
+	@echo "make check        lint, format, types, layers"
+	@echo "make venv         only set up .venv (Python >= 3.12; name one with PYTHON=...)"
+
+venv:
+	@bash scripts/setup.sh
+
+quickstart: venv
+	$(PYTHON_IN_VENV) -m jaxdistill.train --config configs/quickstart.yaml $(ARGS)
+
+test: venv
+	$(PYTHON_IN_VENV) -m pytest $(ARGS)
+
+check: venv
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+	.venv/bin/lint-imports

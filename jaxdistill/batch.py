@@ -1,0 +1,55 @@
+"""The device batch: what the jitted step reads.
+
+Letters: B rows, T padded length.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+Array = jax.Array | np.ndarray  # packed on the host, then placed on devices
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows of prompt and response. Column t describes token t itself: its loss is that
+    of predicting it from the columns before.
+
+    `response_mask` marks the student's response, `loss_mask` the part of it the teacher has a signal
+    for; where `loss_mask` is false, `teacher_logprob` is zero and `chunk_of_token` -1, and neither is
+    read. `weight` scales a row; a padding row has weight 0 and empty masks.
+    """
+
+    tokens: Int32[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    behavior_logprobs: Float32[Array, "B T"]
+    chunk_of_token: Int32[Array, "B T"]
+    teacher_logprob: Float32[Array, "B T"]
+    policy_version: Int32[Array, " B"]
+    weight: Float32[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mean:
+    """A sum and the weight it is divided by: the only metric type.
+
+    Keeping both until the end makes every reduction global: adding the halves of a split batch gives
+    the mean of the whole, however unevenly they were split.
+    """
+
+    total: Array | float
+    weight: Array | float
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> float:
+        """The mean as a host float; NaN when nothing was weighed."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else float("nan")

@@ -1,0 +1,46 @@
+"""Prompts -> one device batch: sample, score, align, pack, place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from jaxdistill.batch import Batch
+from jaxdistill.metrics import Stopwatch
+from jaxdistill.packing import pack
+from jaxdistill.parallel.rules import place_batch, row_multiple
+from jaxdistill.records import Prompt, Rollout, Signal
+from jaxdistill.samplers import Sampler
+from jaxdistill.scoring import Scored, score
+from jaxdistill.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A device batch and the host records it was made of; `scored` is None without a teacher."""
+
+    batch: Batch
+    rollouts: Sequence[Rollout]
+    scored: Scored | None
+
+
+@dataclass(frozen=True)
+class Collector:
+    """The host path of a batch. Without a teacher (`sft`) rows carry no teacher signal."""
+
+    sampler: Sampler
+    teacher: Teacher | None
+    signal: Signal
+    buckets: Sequence[int]
+    mesh: Mesh
+    stopwatch: Stopwatch
+
+    def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
+        with self.stopwatch.stage("rollout"):
+            rollouts = self.sampler.sample(prompts, version)
+        scored = None if self.teacher is None else score(self.teacher, rollouts, self.signal, self.stopwatch)
+        with self.stopwatch.stage("pack"):
+            rows = -(-len(rollouts) // row_multiple(self.mesh)) * row_multiple(self.mesh)
+            targets = [None] * len(rollouts) if scored is None else scored.targets
+            batch = place_batch(pack(rollouts, targets, buckets=self.buckets, rows=rows), self.mesh)
+        return Collected(batch, rollouts, scored)

@@ -1,0 +1,14 @@
+"""The base of every configuration model."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class StrictConfig(BaseModel):
+    """A component's configuration: unknown keys are refused, values never change.
+
+    Each room subclasses it beside the component it configures; `jaxdistill.run_config` joins them.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=()
+    )

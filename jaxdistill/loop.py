@@ -1,0 +1,106 @@
+"""The run, on one screen."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxdistill.batch import Batch, Mean
+from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.collect import Collected, Collector
+from jaxdistill.data import PromptStream
+from jaxdistill.errors import NonFiniteError, TeacherUnavailable
+from jaxdistill.evaluate import Evaluator
+from jaxdistill.metrics import MetricsLog, SampleLog, Stopwatch
+from jaxdistill.samplers import LocalSampler
+from jaxdistill.scoring import distillation_metrics
+from jaxdistill.step import Metrics, TrainState
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of; built by `assemble`."""
+
+    dir: Path
+    steps: int
+    initial: TrainState
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    learning_rate: Callable[[int], float]
+    prompts: PromptStream
+    policy: LocalSampler
+    collect: Collector
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    samples: SampleLog
+    stopwatch: Stopwatch
+
+
+def train(run: Run) -> TrainState:
+    """Train from the newest checkpoint (or the start) to the last step.
+
+    A teacher that is gone for longer than the client waits ends the run with a checkpoint of the step
+    it stopped at; everything else leaves the last periodic one.
+    """
+    state = run.checkpoints.restore_or(run.initial, run.prompts)
+    first = int(state.step)
+    run.metrics.resume_at(first)
+    run.samples.resume_at(first)
+    run.policy.push(state.params, version=first)
+    for step in range(first, run.steps):
+        position = run.prompts.state()
+        if run.checkpoints.due(step):
+            run.metrics.flush()  # no step the checkpoint counts may lack its row
+            run.checkpoints.save(step, state, position)
+        try:
+            if run.evaluator.due(step):
+                evaluate(run, step)
+            collected = run.collect(next(run.prompts), version=step)
+        except TeacherUnavailable:
+            run.metrics.flush()
+            run.checkpoints.save(step, state, position)
+            raise
+        with run.stopwatch.stage("train", variant=collected.batch.tokens.shape):
+            state, metrics = run.train_step(state, collected.batch)
+            metrics = jax.device_get(metrics)
+        run.policy.push(state.params, version=step + 1)
+        run.metrics.log(step, step_values(run, step, collected, metrics))
+    if run.evaluator.due(run.steps):
+        evaluate(run, run.steps)
+    run.metrics.flush()
+    run.checkpoints.save(run.steps, state, run.prompts.state())
+    return state
+
+
+def evaluate(run: Run, step: int) -> None:
+    """Evaluate the pushed policy; its values join row `step` of the metrics."""
+    with run.stopwatch.stage("evaluate"):
+        evaluation = run.evaluator(run.policy, step)
+    run.metrics.log(step, {f"eval/{name}": mean.value for name, mean in evaluation.metrics.items()})
+    run.samples.log(step, evaluation.samples)
+
+
+def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str, Mean]) -> dict[str, float]:
+    """One row of metrics.jsonl. Raises `NonFiniteError` if the loss or the gradient is not finite."""
+    means = dict(metrics)
+    if collected.scored is not None:
+        means |= distillation_metrics(collected.scored)
+    values = {name: mean.value for name, mean in means.items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise NonFiniteError(
+                f"{name} is {values[name]} at step {step}; the last checkpoint is of step "
+                f"{run.checkpoints.latest()}: lower optimizer.learning_rate or optimizer.clip_norm, or look at "
+                "the data of this step"
+            )
+    seconds = run.stopwatch.take()
+    spent = sum(value for name, value in seconds.items() if name != "evaluate")
+    tokens = sum(len(rollout.response) for rollout in collected.rollouts)
+    return values | {
+        "learning_rate": float(run.learning_rate(step)),
+        "tokens_per_second": tokens / spent,
+        "recompiles": float(run.stopwatch.recompiles),
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+    }

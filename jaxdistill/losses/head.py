@@ -1,0 +1,142 @@
+"""The vocabulary head in tiles: everything an objective needs from [B, T, V] without building it.
+
+Tiles run along T, so that rows stay where the mesh put them. The value and its gradient with respect
+to the hidden states and the output matrix come out of ONE pass over the tiles: the logits of a tile
+are made, used and dropped (6NDV FLOPs for N = B*T, as much as the plain product; recomputing them in
+the backward pass would take 8NDV).
+
+Letters: B rows, T positions, C positions in a tile, D hidden, V vocabulary, K top-k or chosen ids.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+Targets = Any  # a pytree of arrays [B, T, ...], constant under differentiation
+Sums = dict[str, Float32[Array, ""]]
+TileObjective = Callable[[Float32[Array, "B C V"], Targets], tuple[Float32[Array, ""], Sums]]
+
+TILE_LOGITS = 2**24  # logits in a tile over all devices' rows: 64 MiB in float32
+
+
+def tile_length(rows: int, length: int, vocab: int) -> int:
+    """The longest tile that divides `length` and holds at most `TILE_LOGITS` logits (at least 1)."""
+    most = max(1, TILE_LOGITS // (rows * vocab))
+    return max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tile_objective(
+    objective: TileObjective,
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    targets: Targets,
+) -> tuple[Float32[Array, ""], Sums]:
+    """Sum `objective(logits, targets)` over the tiles; differentiable in `hidden` and `embedding`.
+
+    `objective` must be a sum over positions with everything else known beforehand: it sees one tile's
+    float32 logits and the tile's slice of `targets`. Returns the total and the sums of its metrics,
+    which carry no gradient.
+    """
+    step = lambda carry, tile: (  # noqa: E731
+        jax.tree.map(jnp.add, carry, objective(_logits(tile[0], embedding), tile[1])),
+        None,
+    )
+    tiles = _tiles(hidden, targets, embedding.shape[0])
+    zero = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(
+            lambda tile: objective(_logits(tile[0], embedding), tile[1]), jax.tree.map(lambda x: x[0], tiles)
+        ),
+    )
+    return jax.lax.scan(step, zero, tiles)[0]
+
+
+def _forward(
+    objective: TileObjective, hidden: Array, embedding: Array, targets: Targets
+) -> tuple[tuple[Array, Sums], tuple[Array, Array, Targets]]:
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+
+    def step(d_embedding: Array, tile: tuple[Array, Targets]) -> tuple[Array, tuple[Array, Any]]:
+        h, t = tile
+        value, d_logits = value_and_grad(_logits(h, embedding), t)
+        d_logits = d_logits.astype(h.dtype)  # both products below stay in the compute dtype
+        d_h = jnp.einsum("bcv,vd->bcd", d_logits, embedding)
+        d_embedding += jnp.einsum("bcv,bcd->vd", d_logits, h, preferred_element_type=jnp.float32)
+        return d_embedding, (d_h, value)
+
+    tiles = _tiles(hidden, targets, embedding.shape[0])
+    d_embedding, (d_hidden, values) = jax.lax.scan(step, jnp.zeros(embedding.shape, jnp.float32), tiles)
+    totals = jax.tree.map(lambda leaf: leaf.sum(axis=0), values)
+    return totals, (_untile(d_hidden), d_embedding.astype(embedding.dtype), targets)
+
+
+def _backward(
+    objective: TileObjective, residuals: tuple[Array, Array, Targets], cotangents: tuple[Array, Sums]
+) -> tuple[Array, Array, None]:
+    d_hidden, d_embedding, _ = residuals
+    scale = cotangents[0]
+    return scale.astype(d_hidden.dtype) * d_hidden, scale.astype(d_embedding.dtype) * d_embedding, None
+
+
+tile_objective.defvjp(_forward, _backward)
+
+
+class RowStatistics(NamedTuple):
+    """Natural-log probabilities of the next-token distribution at each position."""
+
+    logprob: Float32[Array, "B T"]
+    topk_logprobs: Float32[Array, "B T K"]
+    topk_ids: Int32[Array, "B T K"]
+    chosen_logprobs: Float32[Array, "B T M"]
+
+
+def row_statistics(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    tokens: Int32[Array, "B T"],
+    *,
+    top_k: int,
+    chosen: Int32[Array, "B M"],
+) -> RowStatistics:
+    """log p(tokens[b, t] | hidden[b, t]) for every position, with the `top_k` most likely ids
+    (descending) and the log-probabilities of each row's `chosen` ids; `top_k` and M may be 0."""
+
+    def tile(_: None, x: tuple[Array, Array]) -> tuple[None, RowStatistics]:
+        h, ids = x
+        logprobs = jax.nn.log_softmax(_logits(h, embedding), axis=-1)
+        best, best_ids = jax.lax.top_k(logprobs, top_k)
+        return None, RowStatistics(
+            jnp.take_along_axis(logprobs, ids[..., None], axis=-1)[..., 0],
+            best,
+            best_ids,
+            jnp.take_along_axis(logprobs, chosen[:, None, :], axis=-1),
+        )
+
+    _, stacked = jax.lax.scan(tile, None, _tiles(hidden, tokens, embedding.shape[0]))
+    return jax.tree.map(_untile, stacked)
+
+
+def _logits(h: Float[Array, "B C D"], embedding: Float[Array, "V D"]) -> Float32[Array, "B C V"]:
+    return jnp.einsum("bcd,vd->bcv", h, embedding, preferred_element_type=jnp.float32)
+
+
+def _tiles(hidden: Array, targets: Targets, vocab: int) -> tuple[Array, Targets]:
+    """[B, T, ...] -> [T/C, B, C, ...], ready to scan over."""
+    rows, length = hidden.shape[:2]
+    width = tile_length(rows, length, vocab)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(rows, length // width, width, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(split, (hidden, targets))
+
+
+def _untile(x: Array) -> Array:
+    """[T/C, B, C, ...] -> [B, T, ...]."""
+    tiles, rows, width = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(rows, tiles * width, *x.shape[3:])

@@ -1,0 +1,93 @@
+"""On-policy reverse KL as a policy gradient.
+
+The gradient of KL(p_S || p_T) at a state is E_{a ~ p_S}[(log p_S(a) - log p_T(a)) grad log p_S(a)]
+(the score-function identity, Williams 1992): each sampled token is reinforced by the advantage
+log p_T - log p_S, spread over tokens by `credit` when the tokenizers differ. A ratio to the sampling
+policy, clipped as in PPO (Schulman et al. 2017, equation 7), corrects rows from older policies; on
+fresh rows it is 1 and the gradient is the plain one.
+
+Letters: B rows, T positions, C positions in a tile, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+from pydantic import Field
+
+from jaxdistill.batch import Batch, Mean
+from jaxdistill.config import StrictConfig
+from jaxdistill.losses.base import Prepared, masked_sum, predicted, token_logprobs
+from jaxdistill.losses.credit import Credit, token_advantages
+from jaxdistill.losses.head import Sums
+from jaxdistill.records import Signal
+
+
+class ReverseKLConfig(StrictConfig):
+    """Settings of `objective.kind: reverse_kl`.
+
+    `signal: exact` keeps one-to-one chunks alone; `clip` bounds a chunk's difference in nats;
+    `normalize` divides the advantages by their root mean square over the batch; `baseline: batch`
+    subtracts their mean first; `ratio_clip` is PPO's epsilon.
+    """
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+    credit: Credit = "lookahead"
+    signal: Signal = "chunk"
+    coefficient: float = Field(1.0, gt=0)
+    clip: float = Field(10.0, gt=0)
+    normalize: bool = True
+    baseline: Literal["none", "batch"] = "none"
+    ratio_clip: float = Field(0.2, gt=0)
+    temperature_mismatch: Literal["refuse", "allow"] = "refuse"
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """The objective; see the module's text."""
+
+    config: ReverseKLConfig
+    needs_teacher: bool = True
+
+    def prepare(self, batch: Batch) -> Prepared:
+        c = self.config
+        advantage, mask = token_advantages(
+            c.credit,
+            chunk_of_token=batch.chunk_of_token,
+            teacher_logprob=batch.teacher_logprob,
+            student_logprobs=batch.behavior_logprobs,
+            mask=batch.loss_mask,
+            clip=c.clip,
+        )
+        mask = mask & batch.response_mask & (batch.weight > 0)[:, None]
+        row_weight = batch.weight[:, None]
+        weight = masked_sum(jnp.broadcast_to(row_weight, mask.shape), mask)
+        safe = jnp.maximum(weight, 1.0)
+        mean = masked_sum(advantage * row_weight, mask)
+        if c.baseline == "batch":
+            advantage = advantage - mean / safe
+        square = masked_sum(jnp.square(advantage) * row_weight, mask)
+        metrics = {"advantage_mean": Mean(mean, weight), "advantage_square": Mean(square, weight)}
+        if c.normalize:
+            advantage = advantage / jnp.sqrt(square / safe + 1e-8)
+        targets = {
+            "tokens": predicted(batch.tokens),
+            "mask": predicted(mask),
+            "behavior": predicted(batch.behavior_logprobs),
+            "advantage": predicted(jnp.where(mask, c.coefficient * advantage * row_weight, 0.0)),
+        }
+        return Prepared(targets, weight, metrics)
+
+    def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, ""], Sums]:
+        logprob, entropy = token_logprobs(logits, targets["tokens"])
+        mask, advantage = targets["mask"], targets["advantage"]
+        # The exponent is masked too: exp of garbage would give 0 * inf in the gradient.
+        ratio = jnp.exp(jnp.where(mask, logprob - targets["behavior"], 0.0))
+        epsilon = self.config.ratio_clip
+        clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
+        total = -masked_sum(jnp.minimum(ratio * advantage, clipped * advantage), mask)
+        return total, {
+            "entropy": masked_sum(entropy, mask),
+            "ratio_clipped": masked_sum((ratio != clipped).astype(jnp.float32), mask),
+        }

@@ -1,0 +1,145 @@
+"""The numbers of a run: metrics.jsonl, TensorBoard, and the progress on screen."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+from rich.console import Console
+from tensorboardX import SummaryWriter
+
+from jaxdistill.metrics.progress import display
+from jaxdistill.metrics.rows import RowFile, jsonable
+
+
+class MetricsLog:
+    """One row a step in metrics.jsonl, however many calls bring its values.
+
+    The row of a step is written when the next step begins, or at `flush()` and `close()`; call
+    `flush()` before a checkpoint is saved, so that no step the checkpoint counts lacks its row. Rows
+    carry whatever values their step had, and `elapsed_seconds`: the run's wall time so far, carried
+    over resumes.
+
+    `tensorboard` also writes the values under `tb/`. `progress` shows a bar on a terminal, and plain
+    lines elsewhere (every `every` steps, by default 20 in a run, and each evaluation), on `console`,
+    by default stderr.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tensorboard: bool,
+        total_steps: int,
+        progress: bool,
+        every: int | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self._run_dir = run_dir
+        self._file = RowFile(run_dir / "metrics.jsonl")
+        self._display = display(total_steps, progress=progress, every=every, console=console)
+        self._tensorboard = tensorboard
+        self._writer: SummaryWriter | None = None
+        self._row: dict[str, Any] | None = None
+        self._written = True
+        self._started = time.monotonic()
+        self._earlier_seconds = 0.0
+
+    def resume_at(self, step: int) -> None:
+        """Prepares for `step` to be the next one logged: rows at or after it are dropped, a pending
+        row included, so that each step stands once. Step 0 begins afresh in an old folder."""
+        kept = self._file.replace_from(step)
+        self._row, self._written = None, True
+        self._started = time.monotonic()
+        self._earlier_seconds = float((kept[-1].get("elapsed_seconds") if kept else 0.0) or 0.0)
+        self._close_writer()
+        if self._tensorboard and (self._run_dir / "tb").exists():
+            self._open_writer(purge_step=step)
+        self._display.begin(step)
+
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Adds values to the row of `step`; a later value of the same name replaces the earlier one.
+
+        Any scalar that `float()` takes will do; NaN and infinity become null. Raises ValueError for a
+        step before the last one logged, and for a value named `step`.
+        """
+        if "step" in values:
+            raise ValueError("got a metric named 'step', which is the row's own key; give it another name")
+        if self._row is not None and step > self._row["step"]:
+            self.flush()
+            self._row = None
+        last = self._row["step"] if self._row is not None else self._file.last_step
+        if last is not None and (step < last or (self._row is None and step == last)):
+            raise ValueError(
+                f"{self._file.path}: got values of step {step} after the row of step {last}; "
+                "call resume_at(step) before logging an earlier step again"
+            )
+        row: dict[str, Any] = self._row if self._row is not None else {"step": step, "elapsed_seconds": 0.0}
+        row.update(_scalars(values))
+        row["elapsed_seconds"] = round(self._earlier_seconds + time.monotonic() - self._started, 3)
+        self._row, self._written = row, False
+        self._plot(step, {name: row[name] for name in values})
+        self._display.update(step, row)
+
+    def flush(self) -> None:
+        """Puts the pending row on disk. The step may still get values: they join its row."""
+        if self._row is None or self._written:
+            return
+        step = self._row["step"]
+        if self._file.last_step == step:
+            self._file.replace_from(step, [self._row])
+        else:
+            self._file.append([self._row])
+            self._display.complete(step, self._row)
+        self._written = True
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is pending and lets go of the screen and of TensorBoard. May be called twice."""
+        try:
+            self.flush()
+        finally:
+            self._close_writer()
+            self._display.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _plot(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        if not self._tensorboard:
+            return
+        writer = self._writer or self._open_writer(purge_step=None)
+        for name, value in values.items():
+            if value is not None:
+                writer.add_scalar(name, value, step)
+
+    def _open_writer(self, purge_step: int | None) -> SummaryWriter:
+        # Event files are named by the second: two of one second would overwrite each other, and
+        # TensorBoard reads them in the order of their names.
+        folder = self._run_dir / "tb"
+        suffix = f".{len(list(folder.glob('*'))):04d}"
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
+        return self._writer
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _scalars(values: Mapping[str, SupportsFloat]) -> dict[str, float | int | None]:
+    """Each value as a plain number: whole numbers stay whole, whatever is not finite becomes None."""
+    return {
+        name: jsonable(value if isinstance(value, int) and not isinstance(value, bool) else float(value))
+        for name, value in values.items()
+    }

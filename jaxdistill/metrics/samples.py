@@ -1,0 +1,43 @@
+"""Responses kept for people to read: samples.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxdistill.metrics.rows import RowFile
+from jaxdistill.records import Message
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with what the student answered.
+
+    `answer` is the reference, `score` the task's score in [0, 1], `reverse_kl_per_byte` in nats per
+    byte of this response; each None where it is not known. `alignment` is free for whoever made the
+    alignment; where it has `pieces`, a list of `[text, class]` that cover the response with classes
+    from `exact`, `chunk`, `role` and `unaligned`, the report colours the response by them.
+    """
+
+    messages: Sequence[Message]
+    response: str
+    answer: str | None = None
+    score: float | int | None = None
+    reverse_kl_per_byte: float | None = None
+    alignment: Mapping[str, Any] | None = None
+
+
+class SampleLog:
+    """samples.jsonl of a run folder: one row a sample, `step` first."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = RowFile(run_dir / "samples.jsonl")
+
+    def log(self, step: int, samples: Sequence[Sample]) -> None:
+        """Adds the samples of a step in a single write. An earlier step than the last one logged
+        raises ValueError."""
+        self._file.append([{"step": step, **asdict(sample)} for sample in samples])
+
+    def resume_at(self, step: int) -> None:
+        """Forgets the samples at or after `step`, which the run is about to make again."""
+        self._file.replace_from(step)

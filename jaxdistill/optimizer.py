@@ -1,0 +1,60 @@
+"""AdamW with a warm-up, a cosine or constant schedule, and clipping by global norm."""
+
+from typing import Any, Literal
+
+import jax
+import optax
+from pydantic import Field
+
+from jaxdistill.config import StrictConfig
+
+
+class OptimizerConfig(StrictConfig):
+    """`final_fraction` is the share of the peak rate left at the last step of a cosine."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The rate at each of `steps` update steps."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=config.final_fraction)
+    if not warmup:
+        return after
+    # The first update already moves: the ramp starts one increment above zero.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip, then AdamW (Loshchilov & Hutter 2019, algorithm 2); norm scales are not decayed."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_decayed,
+        ),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """True for the parameters that weight decay applies to. Told by name: the norm scales of all
+    layers are stacked into matrices, so the number of axes does not tell."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not jax.tree_util.keystr(path[-1:]).rstrip("']").endswith("norm"), params
+    )

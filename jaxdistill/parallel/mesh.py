@@ -1,0 +1,37 @@
+"""The device mesh: `data` and `fsdp` split rows, `fsdp` and `tensor` split parameters."""
+
+import jax
+from jax.sharding import AxisType, Mesh
+from pydantic import Field
+
+from jaxdistill.config import StrictConfig
+from jaxdistill.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+class MeshConfig(StrictConfig):
+    """Sizes of the mesh axes; one of them may be -1, which takes all devices the others leave."""
+
+    data: int = Field(1, ge=-1)
+    fsdp: int = Field(-1, ge=-1)
+    tensor: int = Field(1, ge=-1)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Arrange `devices` (default: all) as [data, fsdp, tensor].
+
+    Raises `ConfigError` when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if 0 in sizes or sizes.count(-1) > 1:
+        raise ConfigError(f"{asked}: sizes are at least 1, and at most one may be -1 (all that is left)")
+    known = 1
+    for size in sizes:
+        known *= size if size > 0 else 1
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if sizes[0] * sizes[1] * sizes[2] != len(devices):
+        raise ConfigError(f"{asked} does not fit {len(devices)} {devices[0].platform} device(s)")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

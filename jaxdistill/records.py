@@ -1,0 +1,132 @@
+"""Host records: what travels between the rooms before anything reaches a device. numpy only.
+
+Letters: P prompt tokens, R student response tokens, S teacher response tokens, C chunks, K top-k,
+N tokens of either side.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int8, Int32, Int64
+
+# Numbers of the roles a token can play; 0 is plain content. Both sides use the same numbers, so a
+# role aligns by meaning although each tokenizer has its own id for it.
+CONTENT = 0
+ROLES: Mapping[str, int] = {"end_of_turn": 1, "think_open": 2, "think_close": 3}
+OTHER_SPECIAL = 127  # a special token no role is known for: carries no bytes and never aligns
+END_OF_TURN = ROLES["end_of_turn"]
+
+Signal = Literal["chunk", "exact"]  # which chunks carry the teacher's signal: all, or one-to-one alone
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as chat templates read it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data: a chat that ends before the assistant's turn.
+
+    `index` is the row's place in its source and seeds its samples. `answer` is what a scorer
+    compares with; `response` is a whole reference response, which `sft` trains on.
+    """
+
+    messages: Sequence[Message]
+    index: int
+    source: str
+    answer: str | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenSpans:
+    """Tokens beside the bytes they stand for. Token i covers `data[ends[i-1]:ends[i]]`.
+
+    A role token (`roles[i] != 0`) carries no content bytes: its span is empty.
+    """
+
+    ids: Int32[np.ndarray, " N"]
+    data: bytes
+    ends: Int64[np.ndarray, " N"]
+    roles: Int8[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def starts(self) -> Int64[np.ndarray, " N"]:
+        """Byte offset at which each token begins."""
+        return np.concatenate([np.zeros(1, np.int64), self.ends])[: len(self.ends)]
+
+    @property
+    def text(self) -> str:
+        """The content as text, for people: bytes that are not UTF-8 show as U+FFFD."""
+        return self.data.decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response the student sampled. Its ids are kept for ever; nothing re-tokenises its text.
+
+    `logprobs` are natural logs of the probability each token was sampled with. `finished` is false
+    when the response was cut at the length limit and so has no end of turn.
+    """
+
+    prompt: Prompt
+    prompt_ids: Int32[np.ndarray, " P"]
+    response: TokenSpans
+    logprobs: Float32[np.ndarray, " R"]
+    finished: bool
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """The teacher's natural-log probabilities of its own tokens for one response.
+
+    `logprobs[j]` is log p(response token j | teacher prompt, tokens before j) at temperature 1.
+    The optional fields are present only where they were asked for: `topk_*` are the most likely next
+    tokens at each position, `end_logprobs[j]` is log p(end of turn) before token j (one more entry
+    than tokens: the last is after the response).
+    """
+
+    response: TokenSpans
+    logprobs: Float32[np.ndarray, " S"]
+    teacher: str
+    weight_version: str
+    topk_ids: Int32[np.ndarray, "S K"] | None = None
+    topk_logprobs: Float32[np.ndarray, "S K"] | None = None
+    end_logprobs: Float32[np.ndarray, " S1"] | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which student tokens and which teacher tokens stand for the same bytes.
+
+    Chunk numbers rise along the response; -1 marks a token that is not aligned. `exact[c]` says that
+    chunk c is one student token and one teacher token. `shared_prefix[r]` is the teacher position
+    that has read exactly the bytes before student token r, or -1. `coverage` is the share of the
+    student's bytes that lie in a chunk (1.0 for a response without bytes).
+    """
+
+    student_chunk: Int32[np.ndarray, " R"]
+    teacher_chunk: Int32[np.ndarray, " S"]
+    num_chunks: int
+    exact: Bool[np.ndarray, " C"]
+    shared_prefix: Int32[np.ndarray, " R"]
+    coverage: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The teacher's scores in student coordinates.
+
+    `teacher_logprob[r]` is the total log-probability of the chunk student token r lies in, repeated
+    on all its tokens, and 0 where `mask` is false: there the teacher said nothing, and nothing may
+    read the value. `stats` are plain counts for the metrics, by name.
+    """
+
+    chunk_of_token: Int32[np.ndarray, " R"]
+    teacher_logprob: Float32[np.ndarray, " R"]
+    mask: Bool[np.ndarray, " R"]
+    stats: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,69 @@
+"""The configuration of a whole run: the components' configs joined, and what must hold between them."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from jaxdistill.checkpoint import CheckpointConfig
+from jaxdistill.config import StrictConfig
+from jaxdistill.data import DataConfig
+from jaxdistill.evaluate import EvalConfig
+from jaxdistill.losses import ObjectiveConfig
+from jaxdistill.losses.reverse_kl import ReverseKLConfig
+from jaxdistill.optimizer import OptimizerConfig
+from jaxdistill.packing import ShapesConfig
+from jaxdistill.parallel import MeshConfig
+from jaxdistill.samplers import RolloutConfig
+from jaxdistill.teachers import TeacherConfig
+
+
+class RunSection(StrictConfig):
+    """Length, place and seed of the run. The same seed, data and models give the same run."""
+
+    steps: int = Field(ge=1)
+    dir: Path
+    seed: int = Field(0, ge=0, lt=2**32)
+    tensorboard: bool = True
+
+
+class StudentConfig(StrictConfig):
+    """The model that learns: a folder (or hub id) in Hugging Face format. `roles` overrides which token
+    plays which role, e.g. {end_of_turn: "<|im_end|>"}."""
+
+    path: str
+    roles: dict[str, str] = Field(default_factory=dict)
+
+
+class RunConfig(StrictConfig):
+    """One YAML file of `configs/`."""
+
+    run: RunSection
+    data: DataConfig
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ReverseKLConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    shapes: ShapesConfig = ShapesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if isinstance(self.objective, ReverseKLConfig):
+            if self.teacher is None:
+                raise ValueError("objective.kind=reverse_kl needs a teacher: section (or use objective.kind=sft)")
+            if self.rollout.temperature != 1.0 and self.objective.temperature_mismatch == "refuse":
+                raise ValueError(
+                    f"rollout.temperature={self.rollout.temperature}, but the teacher is always scored at "
+                    "temperature 1, so the KL would compare different things; set it to 1.0, or say "
+                    "objective.temperature_mismatch=allow"
+                )
+        return self
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The padded lengths batches may have."""
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+        return self.shapes.buckets or (longest,)

@@ -1,0 +1,46 @@
+"""What every sampler is asked for."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from pydantic import Field
+
+from jaxdistill.config import StrictConfig
+from jaxdistill.errors import DataError
+from jaxdistill.records import Prompt, Rollout
+from jaxdistill.text import Tokenizer
+
+
+class RolloutConfig(StrictConfig):
+    """How responses are made. Lengths are in student tokens."""
+
+    samples_per_prompt: int = Field(4, ge=1)
+    max_prompt_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0.0)
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """`sample` returns the responses of each prompt in the prompts' order, all samples of one prompt
+    together; `push` hands over new weights before the next call."""
+
+    def sample(self, prompts: Sequence[Prompt], version: int) -> list[Rollout]: ...
+
+    def push(self, params: Any, version: int) -> None: ...
+
+
+def render_prompt(tokenizer: Tokenizer, prompt: Prompt, config: RolloutConfig) -> np.ndarray:
+    """The prompt's ids by the student's template, int32 [P].
+
+    Raises `DataError` naming the row when it is longer than `rollout.max_prompt_tokens`.
+    """
+    ids = tokenizer.render(prompt.messages, template_kwargs=config.template_kwargs)
+    if len(ids) > config.max_prompt_tokens:
+        raise DataError(
+            f"{prompt.source} row {prompt.index}: the prompt has {len(ids)} student tokens, more than "
+            f"rollout.max_prompt_tokens={config.max_prompt_tokens}; raise it or drop the row"
+        )
+    return ids

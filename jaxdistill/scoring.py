@@ -1,0 +1,71 @@
+"""Rollouts through the teacher and the aligner, and what the result says of the student.
+
+Letters: R student response tokens, S teacher response tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxdistill.align import align, project
+from jaxdistill.batch import Mean
+from jaxdistill.metrics import Stopwatch
+from jaxdistill.records import Alignment, Rollout, Signal, Targets, TeacherScores
+from jaxdistill.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rollouts with what the teacher said of each, in both coordinates; all in one order."""
+
+    rollouts: Sequence[Rollout]
+    scores: Sequence[TeacherScores]
+    alignments: Sequence[Alignment]
+    targets: Sequence[Targets]
+
+
+def score(teacher: Teacher, rollouts: Sequence[Rollout], signal: Signal, stopwatch: Stopwatch) -> Scored:
+    """Ask the teacher, and carry its scores to the student's tokens."""
+    with stopwatch.stage("teacher"):
+        scores = teacher.score(rollouts)
+    with stopwatch.stage("align"):
+        alignments = [align(r.response, s.response) for r, s in zip(rollouts, scores, strict=True)]
+        targets = [project(s, a, signal=signal) for s, a in zip(scores, alignments, strict=True)]
+    return Scored(rollouts, scores, alignments, targets)
+
+
+def distillation_metrics(scored: Scored) -> dict[str, Mean]:
+    """The headline figures over a set of rollouts, whatever signal the objective uses.
+
+    - `reverse_kl_per_byte`: sampled KL(p_S || p_T) in nats, over all aligned tokens, per aligned byte.
+    - `coverage`: aligned bytes over the student's bytes.
+    - `exact_fraction`: student tokens in one-to-one chunks over student tokens.
+    - `finished_fraction`: responses that ended by themselves.
+    - `response_tokens`: mean length in student tokens.
+    """
+    kl = aligned_bytes = total_bytes = exact = tokens = finished = 0.0
+    for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
+        kl += response_kl(rollout, s, a)
+        size = len(rollout.response.data)
+        aligned_bytes += a.coverage * size
+        total_bytes += size
+        chunks = a.student_chunk[a.student_chunk >= 0]
+        exact += float(a.exact[chunks].sum())
+        tokens += len(rollout.response)
+        finished += rollout.finished
+    rows = float(len(scored.rollouts))
+    return {
+        "reverse_kl_per_byte": Mean(kl, aligned_bytes),
+        "coverage": Mean(aligned_bytes, total_bytes),
+        "exact_fraction": Mean(exact, tokens),
+        "finished_fraction": Mean(finished, rows),
+        "response_tokens": Mean(tokens, rows),
+    }
+
+
+def response_kl(rollout: Rollout, scores: TeacherScores, alignment: Alignment) -> float:
+    """log p_S - log p_T of one response over its aligned tokens, in nats."""
+    student = rollout.logprobs[alignment.student_chunk >= 0].sum(dtype=np.float64)
+    teacher = scores.logprobs[alignment.teacher_chunk >= 0].sum(dtype=np.float64)
+    return float(student - teacher)

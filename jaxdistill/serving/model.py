@@ -1,0 +1,45 @@
+"""A model folder -> the engine and what the server shows of it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.serving.app import Served
+from jaxdistill.serving.engine import DecoderEngine
+from jaxdistill.students.weights import load_decoder
+from jaxdistill.text import Tokenizer
+
+
+def load_engine(
+    folder: Path, *, max_batch_tokens: int, context_length: int | None
+) -> tuple[DecoderEngine, Served]:
+    """Load weights and, where the folder has one, the tokenizer (for the text of generated tokens and
+    the tokens that end a turn). Raises `ConfigError` for a folder that cannot be served."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    decoder = load_decoder(folder)
+    tokenizer = Tokenizer.load(str(folder)) if (folder / "tokenizer.json").is_file() else None
+    stop_ids = tokenizer.stop_ids if tokenizer else _configured_ends(folder, config)
+
+    def text(ids: np.ndarray) -> str:
+        return tokenizer.spans(ids).text if tokenizer else ""
+
+    engine = DecoderEngine(
+        decoder,
+        frozenset(i for i in stop_ids if i < decoder.config.vocab_size),
+        max_batch_tokens=max_batch_tokens,
+        context_length=context_length,
+    )
+    return engine, Served(path=str(folder), config=config, text=text)
+
+
+def _configured_ends(folder: Path, config: dict[str, Any]) -> frozenset[int]:
+    """`eos_token_id` of generation_config.json, or else of config.json: one id or several."""
+    generation = folder / "generation_config.json"
+    settings = json.loads(generation.read_text()) if generation.is_file() else {}
+    ends = settings.get("eos_token_id", config.get("eos_token_id"))
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, Iterable) else [ends])

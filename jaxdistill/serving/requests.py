@@ -1,0 +1,293 @@
+"""JSON body of `POST /generate` -> validated rows.
+
+Everything that is known to crash or poison a genuine server (ids outside the vocabulary, empty rows
+in a batch, k above the vocabulary, negative starts) is refused here with a 400 before it is queued.
+
+Letters: N prompt tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from jaxdistill.serving.protocol import (
+    Limits,
+    RefusedRequest,
+    Row,
+    refused_key,
+    refused_type,
+    refused_value,
+)
+
+DEFAULT_MAX_NEW_TOKENS = 128  # the genuine server's default
+MAX_SEED = 2**32
+
+# Request fields that change what a reply means and are not implemented: ignoring them, as unknown
+# fields are ignored, would answer another question than the one asked.
+UNSUPPORTED_FIELDS = (
+    "input_embeds",
+    "image_data",
+    "video_data",
+    "audio_data",
+    "stream",
+    "return_text_in_logprobs",
+    "return_flat_raw_top_logprobs",
+    "return_flat_raw_top_logprobs_b64",
+    "return_hidden_states",
+    "lora_path",
+    "session_params",
+    "custom_logit_processor",
+)
+SUPPORTED_SAMPLING = ("max_new_tokens", "temperature", "stop_token_ids", "ignore_eos", "sampling_seed")
+# Known sampling parameters that are accepted only at the value that changes nothing.
+NEUTRAL_SAMPLING: Mapping[str, tuple[Any, ...]] = {
+    "stop": (None, [], ""),
+    "stop_regex": (None, [], ""),
+    "top_p": (None, 1, 1.0),
+    "top_k": (None, -1, 1 << 30),
+    "min_p": (None, 0, 0.0),
+    "frequency_penalty": (None, 0, 0.0),
+    "presence_penalty": (None, 0, 0.0),
+    "repetition_penalty": (None, 1, 1.0),
+    "min_new_tokens": (None, 0),
+    "n": (None, 1),
+    "json_schema": (None,),
+    "regex": (None,),
+    "ebnf": (None,),
+    "structural_tag": (None,),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True, False),
+    "no_stop_trim": (None, False),
+    "logit_bias": (None, {}),
+    "custom_params": (None, {}),
+}
+
+
+def parse_generate(body: Any, limits: Limits, default_stop: frozenset[int]) -> tuple[list[Row], bool]:
+    """Validate a `/generate` body; return its rows and whether the reply is a list.
+
+    `default_stop` are the tokens generation stops at unless `ignore_eos` is set. Raises
+    `RefusedRequest` naming the field, the row and the value.
+    """
+    if not isinstance(body, dict):
+        raise refused_type("body", f"must be a JSON object; got {_kind(body)}")
+    for field in UNSUPPORTED_FIELDS:
+        if body.get(field):
+            raise refused_value(f"{field} is not supported by this server; leave it out")
+    prompts, batched = _prompts(body, limits)
+    count = len(prompts)
+
+    def rows(field: str, default: Any) -> list[Any]:
+        return _per_row(field, body.get(field), default, count, batched)
+
+    columns = zip(
+        prompts,
+        rows("sampling_params", {}),
+        rows("return_logprob", False),
+        rows("logprob_start_len", -1),
+        rows("top_logprobs_num", 0),
+        _chosen_rows(body.get("token_ids_logprob"), count, batched),
+        rows("rid", None),
+        strict=True,
+    )
+    return [_row(index, limits, default_stop, *column) for index, column in enumerate(columns)], batched
+
+
+def _row(
+    index: int,
+    limits: Limits,
+    default_stop: frozenset[int],
+    ids: list[int],
+    params: Any,
+    logprobs: Any,
+    start: Any,
+    top_k: Any,
+    chosen: Any,
+    rid: Any,
+) -> Row:
+    """Check one row's settings against each other and the limits."""
+    if not isinstance(params, dict):
+        raise refused_type("sampling_params", f"must be an object; got {_kind(params)} for row {index}")
+    sampling = _sampling(params, limits, default_stop)
+    if not isinstance(logprobs, bool):
+        raise refused_type("return_logprob", f"must be a bool; got {_kind(logprobs)} for row {index}")
+    if not isinstance(rid, str | None):
+        raise refused_type("rid", f"must be a string; got {_kind(rid)} for row {index}")
+    top_k = _integer("top_logprobs_num", top_k)
+    if not 0 <= top_k <= limits.vocab_size:
+        raise refused_value(
+            f"top_logprobs_num must be between 0 and the vocabulary size {limits.vocab_size}, got {top_k}."
+        )
+    _check_length(index, len(ids), sampling["max_new_tokens"], limits)
+    return Row(
+        rid=uuid4().hex if rid is None else rid,
+        ids=np.asarray(ids, dtype=np.int32),
+        logprobs=logprobs,
+        start=_start(_integer("logprob_start_len", start), len(ids)),
+        top_k=top_k,
+        chosen=_chosen(chosen, index, limits),
+        **sampling,
+    )
+
+
+def _prompts(body: Mapping[str, Any], limits: Limits) -> tuple[list[list[int]], bool]:
+    """The prompts of a request, and whether it is a batch."""
+    value = body.get("input_ids")
+    if value is None:
+        if body.get("text") is not None:
+            raise refused_value("text prompts are not supported by this server; send input_ids.")
+        raise refused_value("Either text, input_ids or input_embeds should be provided.")
+    if not isinstance(value, list):
+        raise refused_type("input_ids", f"must be list or null; got {_kind(value)}")
+    if not value:
+        raise refused_value("input_ids cannot be empty.")
+    batched = isinstance(value[0], list)
+    prompts = value if batched else [value]
+    for row, ids in enumerate(prompts):
+        if not isinstance(ids, list):
+            raise refused_type("input_ids", f"row {row} must be a list; got {_kind(ids)}")
+        if not ids:
+            raise refused_value(f"input_ids cannot be empty; row {row} of the batch is.")
+        _check_ids("input_ids", ids, f" of row {row}", limits)
+    return prompts, batched
+
+
+def _check_ids(field: str, ids: Sequence[Any], where: str, limits: Limits) -> None:
+    if not all(type(token) is int for token in ids):  # bool is an int to isinstance
+        bad = next(token for token in ids if type(token) is not int)
+        raise refused_type(field, f"contains non-int64 element: {bad!r} is {_kind(bad)}{where}")
+    if min(ids) < 0 or max(ids) >= limits.vocab_size:
+        at, bad = next((i, t) for i, t in enumerate(ids) if not 0 <= t < limits.vocab_size)
+        raise refused_value(
+            f"{field} contains out-of-vocabulary token id {bad} at position {at}{where}; "
+            f"valid range is [0, {limits.vocab_size})."
+        )
+
+
+def _check_length(row: int, length: int, new: int, limits: Limits) -> None:
+    if length >= limits.context_length:
+        raise refused_value(
+            f"The input of row {row} ({length} tokens) is longer than the model's context length "
+            f"({limits.context_length} tokens)."
+        )
+    if length + new > limits.context_length:
+        raise refused_value(
+            f"Requested token count exceeds the model's maximum context length of {limits.context_length} "
+            f"tokens: row {row} has {length} input tokens and asks for {new} new ones."
+        )
+
+
+def _start(start: int, length: int) -> int:
+    """-1 and the prompt's length both mean that no prompt position is reported."""
+    if start < -1:
+        raise refused_value(f"logprob_start_len must be -1 or at least 0, got {start}.")
+    if start > length:
+        raise refused_value(
+            f"logprob_start_len={start} is higher than the number of input tokens {length}. "
+            "Please use a smaller logprob_start_len."
+        )
+    return length if start == -1 else start
+
+
+def _per_row(field: str, value: Any, default: Any, count: int, batched: bool) -> list[Any]:
+    """A scalar for all rows, or in a batch a list with one entry a row; None entries are the default."""
+    if isinstance(value, list):
+        if not batched:
+            raise refused_type(field, "is a list, but input_ids is a single prompt")
+        if len(value) != count:
+            raise refused_value(f"{field} has {len(value)} entries for a batch of {count} rows.")
+        values = value
+    else:
+        values = [value] * count
+    return [default if entry is None else entry for entry in values]
+
+
+def _chosen_rows(value: Any, count: int, batched: bool) -> list[Any]:
+    """`token_ids_logprob`: a flat list is for every row, in a batch a list of lists is per row."""
+    if isinstance(value, list) and any(isinstance(entry, list) for entry in value):
+        return _per_row("token_ids_logprob", value, [], count, batched)
+    return [[] if value is None else value] * count
+
+
+def _chosen(value: Any, row: int, limits: Limits) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise refused_type("token_ids_logprob", f"must be a list of ids; got {_kind(value)} for row {row}")
+    if value:
+        _check_ids("token_ids_logprob", value, f" for row {row}", limits)
+    if len(value) > limits.vocab_size:
+        raise refused_value(f"token_ids_logprob has {len(value)} ids, more than the vocabulary.")
+    return tuple(value)
+
+
+def _sampling(params: Mapping[str, Any], limits: Limits, default_stop: frozenset[int]) -> dict[str, Any]:
+    """The sampling fields of a `Row` from `sampling_params`."""
+    for key, value in params.items():
+        if key in NEUTRAL_SAMPLING:
+            if not any(type(value) is type(ok) and value == ok for ok in NEUTRAL_SAMPLING[key]):
+                raise refused_value(
+                    f"sampling_params.{key}={value!r} is not supported by this server; leave it out."
+                )
+        elif key not in SUPPORTED_SAMPLING:
+            raise refused_key(key, (*SUPPORTED_SAMPLING, *NEUTRAL_SAMPLING))
+    stop = _value(params, "stop_token_ids", [], _token_list(limits))
+    ignore_eos = _value(params, "ignore_eos", False, _boolean)
+    new = _value(params, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS, _integer)
+    if new < 0:
+        raise refused_value(f"max_new_tokens must be at least 0, got {new}.")
+    seed = _value(params, "sampling_seed", None, _integer)
+    if seed is not None and not 0 <= seed < MAX_SEED:
+        raise refused_value(f"sampling_seed must be in [0, {MAX_SEED}), got {seed}.")
+    return {
+        "max_new_tokens": new,
+        "temperature": _value(params, "temperature", 1.0, _temperature),
+        "stop_ids": frozenset(stop) | (frozenset() if ignore_eos else default_stop),
+        "seed": seed,
+    }
+
+
+def _value(params: Mapping[str, Any], key: str, default: Any, check: Callable[[str, Any], Any]) -> Any:
+    value = params.get(key)
+    return default if value is None else check(f"sampling_params.{key}", value)
+
+
+def _token_list(limits: Limits) -> Callable[[str, Any], list[int]]:
+    def check(field: str, value: Any) -> list[int]:
+        if not isinstance(value, list):
+            raise refused_type(field, f"must be a list of ids; got {_kind(value)}")
+        if value:
+            _check_ids(field, value, "", limits)
+        return value
+
+    return check
+
+
+def _boolean(field: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise refused_type(field, f"must be a bool; got {_kind(value)}")
+    return value
+
+
+def _temperature(field: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise refused_type(field, f"must be a number; got {_kind(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise refused_value(f"temperature must be a non-negative number, got {value}.")
+    return float(value)
+
+
+def _integer(field: str, value: Any) -> int:
+    if type(value) is not int:
+        raise refused_type(field, f"must be an integer; got {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def refused_json(error: ValueError) -> RefusedRequest:
+    """A body that is not JSON at all."""
+    return refused_type("body", f"JSON decode error: {error}")

@@ -1,0 +1,126 @@
+"""Reads what a tokenizer folder holds; nothing here interprets it."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxdistill.errors import ConfigError
+
+_PATTERNS = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "config.json",
+]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The parsed files of one folder. Absent optional files are empty mappings.
+
+    `templates` are the chat templates by name; the usual one is called "default".
+    """
+
+    where: str
+    source: str  # text of tokenizer.json
+    document: Mapping[str, Any]
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    model: Mapping[str, Any]
+    templates: Mapping[str, str]
+
+
+def locate(path: str) -> Path:
+    """The folder for `path`: itself, or the tokenizer files of a hub id (weights are not fetched).
+
+    Raises ConfigError when it is neither.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(path):
+        raise ConfigError(f"{path}: no such folder; expected one with tokenizer.json, or a hub id")
+    # Imported here: it is only needed for hub ids, and slow to load.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{path}: no such folder here, and no such tokenizer could be fetched from the hub "
+            f"({type(error).__name__}); give a folder with tokenizer.json, or check the name and the network"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name. A file of its own wins over the one inside tokenizer_config.json."""
+    found: dict[str, str] = {}
+    entry = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(entry, str):
+        found["default"] = entry
+    elif isinstance(entry, list):
+        found = {str(item["name"]): str(item["template"]) for item in entry}
+    elif isinstance(entry, Mapping):
+        found = {str(name): str(template) for name, template in entry.items()}
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        found["default"] = file.read_text(encoding="utf-8")
+    return found
+
+
+def read_files(path: str) -> TokenizerFiles:
+    """Reads the tokenizer of a folder or hub id.
+
+    Raises ConfigError when the folder, its tokenizer.json, or valid JSON is missing.
+    """
+    folder = locate(path)
+    main = folder / "tokenizer.json"
+    if not main.is_file():
+        raise ConfigError(
+            f"{folder}: no tokenizer.json; expected the fast format of the `tokenizers` library. Loading the "
+            "tokenizer once with transformers and save_pretrained() writes it"
+        )
+    document = _read_json(main)
+    if not isinstance(document.get("model"), dict) or "vocab" not in document["model"]:
+        raise ConfigError(f"{main}: no vocabulary inside; expected a file of the `tokenizers` library")
+    special_map = _read_json(folder / "special_tokens_map.json")
+    config = {**special_map, **_read_json(folder / "tokenizer_config.json")}
+    return TokenizerFiles(
+        where=str(folder),
+        source=main.read_text(encoding="utf-8"),
+        document=document,
+        config=config,
+        generation=_read_json(folder / "generation_config.json"),
+        model=_read_json(folder / "config.json"),
+        templates=_templates(folder, config),
+    )
+
+
+def special_strings(config: Mapping[str, Any]) -> dict[str, str]:
+    """The named special tokens of tokenizer_config.json (`bos_token` ...), which templates refer to."""
+    strings: dict[str, str] = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if name.endswith("_token") and isinstance(text, str):
+            strings[name] = text
+    return strings

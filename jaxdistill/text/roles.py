@@ -1,0 +1,117 @@
+"""Which ids play a role: the end of a turn and the think marks, and which tokens are control marks at all."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer as RawTokenizer
+
+from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.records import ROLES
+from jaxdistill.text.byte_table import SPACE_MARK, model_vocabulary
+from jaxdistill.text.render import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+_THINK_MARKS = {"think_open": ("<think>", "[THINK]"), "think_close": ("</think>", "[/THINK]")}
+_FENCED = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|x|>, and with full-width bars as in DeepSeek
+_BRACKETED = re.compile(r"[<\[]/?[^\s<>\[\]]*[A-Za-z][^\s<>\[\]]*[>\]]")
+_SENTINEL = "Zq7sentinel"
+
+
+def control_ids(document: Mapping[str, Any], template: str) -> frozenset[int]:
+    """Added tokens that steer a model and are no text: special ones, and marks nobody flagged as special.
+
+    Qwen's `<tool_call>` and DeepSeek's user mark are not flagged special, Gemma's space runs and HTML
+    tags are not either. A mark is fenced (`<|x|>`), or bracketed and either put outside the model's own
+    vocabulary or used by the chat template.
+    """
+    vocabulary = model_vocabulary(document["model"])
+
+    def is_control(entry: Mapping[str, Any]) -> bool:
+        content = entry["content"]
+        if entry.get("special") or _FENCED.fullmatch(content):
+            return True
+        return bool(_BRACKETED.fullmatch(content)) and (content not in vocabulary or content in template)
+
+    return frozenset(entry["id"] for entry in document.get("added_tokens") or [] if is_control(entry))
+
+
+def assign_roles(
+    raw: RawTokenizer, template: ChatTemplate, control: frozenset[int], overrides: Mapping[str, str] | None
+) -> dict[str, int]:
+    """Role -> id: from the overrides (role -> token string), else derived.
+
+    Raises ConfigError for an unknown role or token, for two roles on one token, and for a chat template
+    behind whose assistant turn no control token stands.
+    """
+    roles: dict[str, int] = {}
+    for role, token in (overrides or {}).items():
+        if role not in ROLES:
+            known = sorted(ROLES)
+            raise ConfigError(f"{template.where}: unknown role {role!r} in roles; expected one of {known}")
+        index = raw.token_to_id(token)
+        if index is None:
+            raise ConfigError(
+                f"{template.where}: roles.{role} names {token!r}, which is no token of this vocabulary; "
+                "give a token's exact string"
+            )
+        roles[role] = index
+    for role, spellings in _THINK_MARKS.items():
+        added = [i for i in map(raw.token_to_id, spellings) if i is not None and i in control]
+        if role not in roles and added:
+            roles[role] = added[0]
+    if "end_of_turn" not in roles and template.templates:
+        roles["end_of_turn"] = find_end_of_turn(raw, template, control)
+    if len(set(roles.values())) < len(roles):
+        raise ConfigError(f"{template.where}: two roles share one token: {roles}; give each its own in roles")
+    return roles
+
+
+def find_end_of_turn(raw: RawTokenizer, template: ChatTemplate, control: frozenset[int]) -> int:
+    """The control token the chat template puts right behind an assistant's message.
+
+    The template is the only witness: `eos_token` often names the end of a document, not of a turn.
+    """
+    remedy = 'name it in the configuration: roles: {"end_of_turn": "<token>"}'
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _SENTINEL}]
+    try:
+        text = template.render(messages, add_generation_prompt=False)
+    except DataError as error:
+        raise ConfigError(f"the end of turn cannot be derived; {remedy}. {error}") from error
+    _, found, after = text.rpartition(_SENTINEL)
+    ids = raw.encode(after.lstrip(), add_special_tokens=False).ids if found else []
+    # A dummy prefix puts a space of its own before a mark that is matched after normalisation.
+    first = next((index for index in ids if raw.id_to_token(index) != SPACE_MARK), None)
+    if first is not None and first in control:
+        return first
+    raise ConfigError(
+        f"{template.where}: behind an assistant message the chat template puts {after[:40]!r}, which does "
+        f"not begin with a control token, so the end of turn is unknown; {remedy}"
+    )
+
+
+def find_stop_ids(
+    roles: Mapping[str, int],
+    generation: Mapping[str, Any],
+    model: Mapping[str, Any],
+    control: frozenset[int],
+    where: str,
+) -> frozenset[int]:
+    """End of turn, and the eos ids of generation_config.json and config.json.
+
+    An eos id that is ordinary text is left out with a warning: configs carry stale defaults, and such a
+    stop would cut responses in the middle of a sentence.
+    """
+    stops = {roles["end_of_turn"]} if "end_of_turn" in roles else set()
+    text_model = model.get("text_config") or {}
+    for entry in (generation.get("eos_token_id"), model.get("eos_token_id"), text_model.get("eos_token_id")):
+        for index in entry if isinstance(entry, list) else [entry]:
+            if index is None or index in stops:
+                continue
+            if index in control:
+                stops.add(index)
+            else:
+                logger.warning("%s: eos_token_id %s is no control token there; ignored", where, index)
+    return frozenset(stops)

@@ -1,0 +1,72 @@
+"""How every test runs: on the CPU, offline, with array annotations checked and no silent broadcasting.
+
+Only environment variables are set here, before anything imports jax: tests of the host rooms must not
+pay for loading it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jaxtyping import install_import_hook
+
+# A machine's own JAX_PLATFORMS must not move the tests to another device; JAXDISTILL_TEST_PLATFORMS may.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXDISTILL_TEST_PLATFORMS", "cpu")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+install_import_hook("jaxdistill", "beartype.beartype")
+
+CACHE = Path(os.environ.get("JAXDISTILL_CACHE", "~/.cache/jaxdistill")).expanduser()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct, which `scripts/fetch_smollm2.py` makes; skips where it is not."""
+    folder = CACHE / "smollm2-135m-instruct"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no model in {folder}; make it with: .venv/bin/python scripts/fetch_smollm2.py")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for fetched material is a genuine one, whether its author marked it or not."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.genuine)
+
+
+def _refusal(genuine: bool) -> str | None:
+    """Why a skip is not accepted here, or None where it is."""
+    if os.environ.get("JAXDISTILL_NO_SKIPS") == "1":
+        return "skipped, while JAXDISTILL_NO_SKIPS=1"
+    if genuine and os.environ.get("JAXDISTILL_REQUIRE_GENUINE") == "1":
+        return "lacks its material, while JAXDISTILL_REQUIRE_GENUINE=1"
+    return None
+
+
+def _refuse(report: Any, genuine: bool) -> Any:
+    """Turns a skip into a failure where CI asked for that: a check that did not run has not passed."""
+    why = _refusal(genuine)
+    if report.skipped and not hasattr(report, "wasxfail") and why:
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"{why}: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Skips of single tests, from a mark, a fixture or the test itself."""
+    report = yield
+    return _refuse(report, item.get_closest_marker("genuine") is not None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Any:
+    """Skips of a whole file, which would otherwise take its tests away unseen."""
+    report = yield
+    return _refuse(report, False)

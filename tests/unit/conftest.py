@@ -1,0 +1,88 @@
+"""Shared by the rooms that talk over HTTP: a tiny genuine model folder, and servers on loopback."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+TEMPLATE = (
+    "<|begin|>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CONTROL = ["<|begin|>", "<|user|>", "<|assistant|>", "<|end|>"]
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in Hugging Face format: random decoder, byte-level tokenizer, chat template."""
+    from flax import nnx
+
+    from jaxdistill.students import Decoder, read_config, save_decoder
+
+    source = tmp_path_factory.mktemp("source")
+    (source / "config.json").write_text(json.dumps(CONFIG))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = letters + [left + right for left, right in MERGES]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = RawTokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(CONTROL)
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_decoder(Decoder(read_config(source), rngs=nnx.Rngs(3)), folder, source=source)
+    return folder
+
+
+@contextmanager
+def _serving(app: web.Application) -> Iterator[str]:
+    """Run `app` on a free loopback port, on a thread of its own; yields its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> tuple[web.AppRunner, int]:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return runner, runner.addresses[0][1]
+
+    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[web.Application], object]:
+    """`with serving(app) as url:` serves an aiohttp application on loopback."""
+    return _serving

@@ -1,0 +1,102 @@
+"""The tiled head against the plain [B, T, V] product: values, gradients, and memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.losses import head
+from jaxdistill.losses.base import masked_sum, token_logprobs
+
+ROWS, LENGTH, HIDDEN, VOCAB = 3, 12, 8, 50
+
+
+@pytest.fixture
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (ROWS, LENGTH, HIDDEN))
+    embedding = jax.random.normal(keys[1], (VOCAB, HIDDEN))
+    targets = {
+        "tokens": jax.random.randint(keys[2], (ROWS, LENGTH), 0, VOCAB, dtype=jnp.int32),
+        "mask": jax.random.bernoulli(keys[3], 0.6, (ROWS, LENGTH)),
+    }
+    return hidden, embedding, targets
+
+
+def objective(logits, targets):
+    logprob, entropy = token_logprobs(logits, targets["tokens"])
+    return -masked_sum(logprob + 0.1 * jnp.square(logprob), targets["mask"]), {"entropy": entropy.sum()}
+
+
+def plain(hidden, embedding, targets):
+    return objective(jnp.einsum("btd,vd->btv", hidden, embedding), targets)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 5, 12])
+def test_value_metrics_and_gradient_equal_the_plain_product(inputs, tile, monkeypatch):
+    hidden, embedding, targets = inputs
+    monkeypatch.setattr(head, "TILE_LOGITS", ROWS * VOCAB * tile)
+
+    def tiled(h, e):
+        return head.tile_objective(objective, h, e, targets)
+
+    (value, sums), gradients = jax.value_and_grad(tiled, (0, 1), has_aux=True)(hidden, embedding)
+    (expected, expected_sums), expected_gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(
+        hidden, embedding, targets
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(tiled(hidden, embedding)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(sums["entropy"], expected_sums["entropy"], rtol=1e-5)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_the_gradient_follows_the_scale_of_the_loss(inputs):
+    hidden, embedding, targets = inputs
+
+    def scaled(h, scale):
+        return scale * head.tile_objective(objective, h, embedding, targets)[0]
+
+    one, three = (jax.grad(scaled)(hidden, jnp.float32(s)) for s in (1, 3))
+    np.testing.assert_allclose(three, 3 * one, rtol=1e-6)
+
+
+def test_a_tile_divides_the_length_and_respects_the_bound():
+    for length in (1, 7, 64, 96, 4096):
+        width = head.tile_length(8, length, 32_000)
+        assert length % width == 0
+        assert width == 1 or 8 * width * 32_000 <= head.TILE_LOGITS
+
+
+def test_row_statistics_equal_log_softmax(inputs):
+    hidden, embedding, targets = inputs
+    chosen = jnp.asarray([[3, 4], [5, 3], [0, 49]], jnp.int32)
+    got = head.row_statistics(hidden, embedding, targets["tokens"], top_k=5, chosen=chosen)
+    logprobs = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, embedding))
+    best, ids = jax.lax.top_k(logprobs, 5)
+    np.testing.assert_allclose(
+        got.logprob, jnp.take_along_axis(logprobs, targets["tokens"][..., None], -1)[..., 0], atol=1e-5
+    )
+    np.testing.assert_allclose(got.topk_logprobs, best, atol=1e-5)
+    np.testing.assert_array_equal(got.topk_ids, ids)
+    np.testing.assert_allclose(got.chosen_logprobs[1], logprobs[1][:, chosen[1]], atol=1e-5)
+
+
+def test_temporary_memory_stays_far_below_the_logits():
+    rows, length, hidden_size, vocab = 4, 1024, 64, 32_768
+
+    def loss(h, e, tokens):
+        targets = {"tokens": tokens, "mask": jnp.ones(tokens.shape, bool)}
+        return head.tile_objective(objective, h, e, targets)[0]
+
+    compiled = (
+        jax.jit(jax.grad(loss, (0, 1)))
+        .lower(
+            jax.ShapeDtypeStruct((rows, length, hidden_size), jnp.float32),
+            jax.ShapeDtypeStruct((vocab, hidden_size), jnp.float32),
+            jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        )
+        .compile()
+    )
+    logits_bytes = 4 * rows * length * vocab
+    assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 2

@@ -1,0 +1,43 @@
+"""`jaxdistill <word>`: the words, and what is said of others."""
+
+import importlib.util
+
+import pytest
+
+from jaxdistill.__main__ import main
+
+
+@pytest.mark.parametrize("word", ["train", "serve", "export"])
+def test_each_word_has_its_module(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.util.find_spec(f"jaxdistill.{word}") is not None
+    with pytest.raises(SystemExit) as caught:
+        main([word, "--help"])
+    assert caught.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "jaxdistill: no command given, expected one of train, serve, export\n"),
+        (
+            ["trian"],
+            "jaxdistill: unknown command 'trian', expected one of train, serve, export; did you mean 'train'?\n",
+        ),
+        (
+            ["zzz", "--config", "x"],
+            "jaxdistill: unknown command 'zzz', expected one of train, serve, export\n",
+        ),
+    ],
+)
+def test_other_words_are_one_line_and_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr() == ("", message)
+
+
+def test_help_names_every_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {word} " in said for word in ("train", "serve", "export"))

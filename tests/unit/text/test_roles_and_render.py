@@ -1,0 +1,158 @@
+"""The end of turn, think marks, stop ids, and chat templates."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as RawTokenizer
+
+from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.text import Tokenizer
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+
+
+def raw(folder: Path) -> RawTokenizer:
+    return RawTokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def text(tokenizer: Tokenizer, folder: Path, messages: list[Any], **options: Any) -> str:
+    return raw(folder).decode(tokenizer.render(messages, **options).tolist(), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("chatml", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("gemma", "<end_of_turn>"),
+        ("llama2", "</s>"),
+        ("unigram", "</s>"),
+    ],
+)
+def test_end_of_turn_comes_from_the_template(
+    tokenizers: dict[str, Tokenizer], folders: dict[str, Path], name: str, end: str
+) -> None:
+    index = raw(folders[name]).token_to_id(end)
+    assert tokenizers[name].roles["end_of_turn"] == index
+    assert tokenizers[name].stop_ids == {index}
+
+
+def test_think_marks_are_found_and_overridable(folders: dict[str, Path]) -> None:
+    path = folders["chatml"]
+    tokenizer = Tokenizer.load(str(path))
+    assert tokenizer.roles["think_open"] == raw(path).token_to_id("<think>")
+    assert tokenizer.roles["think_close"] == raw(path).token_to_id("</think>")
+    other = Tokenizer.load(str(path), roles={"end_of_turn": "<|endoftext|>", "think_open": "<tool_call>"})
+    assert other.roles["end_of_turn"] == raw(path).token_to_id("<|endoftext|>")
+    assert other.roles["think_open"] == raw(path).token_to_id("<tool_call>")
+
+
+def test_bad_overrides_are_refused(folders: dict[str, Path]) -> None:
+    path = str(folders["chatml"])
+    with pytest.raises(ConfigError, match=r"unknown role 'eot'.*end_of_turn"):
+        Tokenizer.load(path, roles={"eot": "<|im_end|>"})
+    with pytest.raises(ConfigError, match="no token of this vocabulary"):
+        Tokenizer.load(path, roles={"end_of_turn": "<|nowhere|>"})
+    with pytest.raises(ConfigError, match="share one token"):
+        Tokenizer.load(path, roles={"end_of_turn": "<think>"})
+
+
+def test_a_role_nobody_plays_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
+    with pytest.raises(ConfigError, match="think_open"):
+        tokenizers["llama3"].role_span("think_open")
+
+
+def test_stop_ids_include_eos_ids_but_no_text(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(folders["chatml"], tmp_path / "stops")
+    eos = raw(folder).token_to_id("<|endoftext|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos]}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2, "vocab_size": 500}))
+    with caplog.at_level(logging.WARNING):
+        tokenizer = Tokenizer.load(str(folder))
+    assert tokenizer.stop_ids == {eos, tokenizer.roles["end_of_turn"]}
+    assert "eos_token_id 2" in caplog.text
+
+
+def test_a_template_without_an_end_of_turn_asks_for_one(makers: ModuleType, tmp_path: Path) -> None:
+    base = makers.byte_level(tmp_path, digits=False, normalize=False)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
+    folder = str(makers.write(tmp_path, base, template, {}))
+    with pytest.raises(ConfigError, match=r"end of turn is unknown.*roles"):
+        Tokenizer.load(folder)
+    assert Tokenizer.load(folder, roles={"end_of_turn": "!"}).roles == {"end_of_turn": 0}
+
+
+def test_without_a_template_only_rendering_is_refused(makers: ModuleType, tmp_path: Path) -> None:
+    base = makers.byte_level(tmp_path, digits=False, normalize=False)
+    tokenizer = Tokenizer.load(str(makers.write(tmp_path, base, None, {})))
+    assert tokenizer.encode("Tom").data == b"Tom"
+    with pytest.raises(ConfigError, match="no chat template"):
+        tokenizer.render(CHAT)
+
+
+def test_render_parses_control_strings_and_adds_no_second_bos(
+    tokenizers: dict[str, Tokenizer], folders: dict[str, Path]
+) -> None:
+    rendered = text(tokenizers["llama3"], folders["llama3"], CHAT)
+    assert rendered == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    ids = tokenizers["llama3"].render(CHAT).tolist()
+    assert ids.count(raw(folders["llama3"]).token_to_id("<|begin_of_text|>")) == 1
+
+
+def test_generation_prompt_can_be_left_out(
+    tokenizers: dict[str, Tokenizer], folders: dict[str, Path]
+) -> None:
+    whole = text(tokenizers["chatml"], folders["chatml"], CHAT)
+    without = text(tokenizers["chatml"], folders["chatml"], CHAT, add_generation_prompt=False)
+    assert whole == without + "<|im_start|>assistant\n"
+
+
+def test_a_refused_system_turn_is_folded_and_said_once(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(folders["gemma"], tmp_path / "fold")
+    tokenizer = Tokenizer.load(str(folder))
+    with caplog.at_level(logging.WARNING):
+        first, second = (text(tokenizer, folder, CHAT) for _ in range(2))
+    expected = "<start_of_turn>user\nBe brief.\n\nHow many?<end_of_turn>\n<start_of_turn>model\n"
+    assert first == second and first.endswith(expected)
+    assert sum("refuses a system turn" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_the_templates_own_words_reach_the_user(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["chatml"], tmp_path / "refusing")
+    template = (
+        "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('tools come later') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.load(str(folder))
+    with pytest.raises(DataError, match="tools come later"):
+        tokenizer.render([{"role": "tool", "content": "1"}])
+    with pytest.raises(DataError, match=r"roles \['user'\]"):
+        tokenizer.render([{"role": "user", "content": None}])
+    with pytest.raises(DataError, match="no messages"):
+        tokenizer.render([])
+
+
+def test_template_arguments_reach_the_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["chatml"], tmp_path / "arguments")
+    template = (
+        "{% if tools %}{{ tools[0]['name'] }}{% endif %}{{ mood }}"
+        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.load(str(folder))
+    shown = text(tokenizer, folder, CHAT[1:], tools=[{"name": "sum"}], template_kwargs={"mood": "calm"})
+    assert shown == "sumcalmHow many?<|im_end|>"
