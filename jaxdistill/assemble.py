@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -60,13 +61,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     tokenizer = Tokenizer.load(config.student.path, roles=config.student.roles)
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ConfigError(
-            f"student.path={config.student.path}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
-            f"{decoder.config.vocab_size}; they do not belong together"
+            f"student.path={config.student.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+            f"only {decoder.config.vocab_size}; they do not belong together"
         )
     if config.buckets[-1] > decoder.config.max_length:
         raise ConfigError(
-            f"rows of {config.buckets[-1]} tokens, but the student reads at most {decoder.config.max_length}; "
-            "lower rollout.max_prompt_tokens, rollout.max_new_tokens or shapes.buckets"
+            f"rows of {config.buckets[-1]} tokens, but the student reads at most "
+            f"{decoder.config.max_length}; lower rollout.max_prompt_tokens, rollout.max_new_tokens or "
+            "shapes.buckets"
         )
     return Inputs(tokenizer, decoder, mesh, prompts, heldout)
 
@@ -84,6 +86,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         stack.callback(compiles.close)
         stopwatch = Stopwatch(lambda: compiles.programs)
         folder = prepare_folder(config, inputs, teacher)
+        schedule = learning_rate(config.optimizer, config.run.steps)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state = initial_state(inputs.decoder, optimizer, inputs.mesh)
@@ -105,7 +108,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             steps=config.run.steps,
             initial=state,
             train_step=make_train_step(graphdef, objective, optimizer, state),
-            learning_rate=lambda step: float(learning_rate(config.optimizer, config.run.steps)(step)),
+            learning_rate=lambda step: float(np.asarray(schedule(step))),
             prompts=PromptStream(inputs.prompts, config.data, seed=config.run.seed),
             policy=policy,
             collect=Collector(sampler, teacher, signal, config.buckets, inputs.mesh, stopwatch),
@@ -144,13 +147,24 @@ def prepare_folder(config: RunConfig, inputs: Inputs, teacher: Teacher | None) -
         resolved.write_text(text)
         (folder / "manifest.json").write_text(json.dumps(manifest(config, inputs, teacher), indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(f"run.dir={folder} cannot be written ({error.strerror}); choose another folder") from error
+        raise ConfigError(
+            f"run.dir={folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error
     return folder
 
 
 def manifest(config: RunConfig, inputs: Inputs, teacher: Teacher | None) -> dict[str, Any]:
     """What a reader needs to know to run this again: versions, fingerprints, hardware."""
-    packages = ("jaxdistill", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers")
+    packages = (
+        "jaxdistill",
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "transformers",
+        "tokenizers",
+    )
     devices = jax.devices()
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -161,7 +175,9 @@ def manifest(config: RunConfig, inputs: Inputs, teacher: Teacher | None) -> dict
             "tokenizer": inputs.tokenizer.fingerprint,
             "parameters": count_parameters(inputs.decoder),
         },
-        "teacher": None if teacher is None else {"name": teacher.name, "tokenizer": teacher.tokenizer.fingerprint},
+        "teacher": None
+        if teacher is None
+        else {"name": teacher.name, "tokenizer": teacher.tokenizer.fingerprint},
         "data": {"prompts": len(inputs.prompts), "heldout": len(inputs.heldout)},
     }
 
@@ -179,9 +195,11 @@ def plan(config: RunConfig) -> str:
         [
             dump(config).rstrip(),
             "---",
-            f"student: {count_parameters(inputs.decoder):,} parameters, {inputs.tokenizer.vocab_size} token ids, "
-            f"end of turn {inputs.tokenizer.roles['end_of_turn']}",
-            "teacher: none" if teacher is None else f"teacher: {teacher.kind} {teacher.model or teacher.endpoint}",
+            f"student: {count_parameters(inputs.decoder):,} parameters, {inputs.tokenizer.vocab_size} token "
+            f"ids, end of turn {inputs.tokenizer.roles['end_of_turn']}",
+            "teacher: none"
+            if teacher is None
+            else f"teacher: {teacher.kind} {teacher.model or teacher.endpoint}",
             f"data: {len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
             f"batch: {rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",

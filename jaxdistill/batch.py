@@ -4,12 +4,16 @@ Letters: B rows, T padded length.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-Array = jax.Array | np.ndarray  # packed on the host, then placed on devices
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = jax.Array | np.ndarray  # numpy between packing on the host and placing on the mesh
 
 
 @jax.tree_util.register_dataclass

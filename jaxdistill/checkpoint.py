@@ -22,8 +22,8 @@ from jaxdistill.step import TrainState
 class CheckpointConfig(StrictConfig):
     """Save before every `every`-th step and at the end; keep the last `keep`."""
 
-    every: int = Field(50, ge=1)
-    keep: int = Field(3, ge=1)
+    every: int = Field(default=50, ge=1)
+    keep: int = Field(default=3, ge=1)
 
 
 class Checkpoints:
@@ -76,13 +76,16 @@ class Checkpoints:
             )
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} cannot be restored into this run ({error}); was the "
-                "student or the optimizer changed? Use a new run.dir, or remove that folder to use an older one"
+                f"checkpoint {self.folder / str(step)} cannot be restored into this run ({error}); was "
+                "the student or the optimizer changed? Use a new run.dir, or remove that folder to go on "
+                "from an older one"
             ) from error
         prompts.restore(restored["data"])
         fields = restored["state"]
         # The optimizer state comes back as plain lists and dicts; its own structure holds the types.
-        opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), jax.tree.leaves(fields["opt_state"]))
+        opt_state = jax.tree.unflatten(
+            jax.tree.structure(state.opt_state), jax.tree.leaves(fields["opt_state"])
+        )
         return TrainState(fields["step"], fields["params"], opt_state)
 
     def close(self) -> None:
@@ -117,4 +120,3 @@ def restore_params(folder: Path, step: int | None, template: Any) -> tuple[int, 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-

@@ -18,6 +18,9 @@ def exit_code_of(body: Callable[[], None]) -> int:
         print(f"jaxdistill: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("jaxdistill: interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        print(
+            "jaxdistill: interrupted; run the same command again to go on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     return 0

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from jaxdistill.align import alignment_rows
 from jaxdistill.batch import Mean
 from jaxdistill.config import StrictConfig
 from jaxdistill.metrics import Sample, Stopwatch
@@ -23,8 +24,8 @@ class EvalConfig(StrictConfig):
     temperature to each of the first `prompts` rows of `path`. `scorer` compares with a row's answer."""
 
     path: Path | None = None
-    every: int = Field(20, ge=1)
-    prompts: int = Field(128, ge=1)
+    every: int = Field(default=20, ge=1)
+    prompts: int = Field(default=128, ge=1)
     scorer: ScorerName = "exact"
 
 
@@ -60,13 +61,14 @@ class Evaluator:
         marked = [mark for mark in correct if mark is not None]
         metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
         kls: list[float | None] = [None] * len(rollouts)
+        views: list[Mapping[str, Any] | None] = [None] * len(rollouts)
         if self.teacher is not None:
             scored = score(self.teacher, rollouts, "chunk", Stopwatch())
             metrics |= distillation_metrics(scored)
-            kls = per_byte(scored)
+            kls, views = per_byte(scored), pieces(scored)
         samples = [
-            Sample(r.prompt.messages, r.response.text, r.prompt.answer, mark, kl)
-            for r, mark, kl in zip(rollouts, correct, kls, strict=True)
+            Sample(r.prompt.messages, r.response.text, r.prompt.answer, mark, kl, view)
+            for r, mark, kl, view in zip(rollouts, correct, kls, views, strict=True)
         ]
         return Evaluation(metrics, samples)
 
@@ -86,3 +88,11 @@ def per_byte(scored: Scored) -> list[float | None]:
         values.append(response_kl(rollout, s, a) / size if size else None)
     return values
 
+
+def pieces(scored: Scored) -> list[Mapping[str, Any] | None]:
+    """Each response cut at its chunks, as `[text, class]`, for the report to colour."""
+    views: list[Mapping[str, Any] | None] = []
+    for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
+        rows = alignment_rows(rollout.response, s.response, a)
+        views.append({"pieces": [["".join(row.student), row.kind] for row in rows if row.student]})
+    return views

@@ -92,8 +92,8 @@ def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str,
         if not math.isfinite(values[name]):
             raise NonFiniteError(
                 f"{name} is {values[name]} at step {step}; the last checkpoint is of step "
-                f"{run.checkpoints.latest()}: lower optimizer.learning_rate or optimizer.clip_norm, or look at "
-                "the data of this step"
+                f"{run.checkpoints.latest()}: lower optimizer.learning_rate or optimizer.clip_norm, or look "
+                "at the data of this step"
             )
     seconds = run.stopwatch.take()
     spent = sum(value for name, value in seconds.items() if name != "evaluate")

@@ -12,15 +12,15 @@ from jaxdistill.config import StrictConfig
 class OptimizerConfig(StrictConfig):
     """`final_fraction` is the share of the peak rate left at the last step of a cosine."""
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    final_fraction: float = Field(0.1, ge=0, le=1)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    b2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

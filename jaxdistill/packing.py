@@ -4,6 +4,7 @@ Letters: B rows, T padded length, R response tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -45,27 +46,27 @@ def pack(
             "add a larger bucket or lower rollout.max_prompt_tokens or rollout.max_new_tokens"
         )
     shape = (rows, width)
-    batch = Batch(
-        tokens=np.zeros(shape, np.int32),
-        response_mask=np.zeros(shape, bool),
-        loss_mask=np.zeros(shape, bool),
-        behavior_logprobs=np.zeros(shape, np.float32),
-        chunk_of_token=np.full(shape, -1, np.int32),
-        teacher_logprob=np.zeros(shape, np.float32),
-        policy_version=np.zeros(rows, np.int32),
-        weight=np.zeros(rows, np.float32),
-    )
+    arrays: dict[str, Any] = {
+        "tokens": np.zeros(shape, np.int32),
+        "response_mask": np.zeros(shape, bool),
+        "loss_mask": np.zeros(shape, bool),
+        "behavior_logprobs": np.zeros(shape, np.float32),
+        "chunk_of_token": np.full(shape, -1, np.int32),
+        "teacher_logprob": np.zeros(shape, np.float32),
+        "policy_version": np.zeros(rows, np.int32),
+        "weight": np.zeros(rows, np.float32),
+    }
     for row, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
         start = len(rollout.prompt_ids)
         part = np.s_[row, start : start + len(rollout.response)]
-        batch.tokens[row, :start] = rollout.prompt_ids
-        batch.tokens[part] = rollout.response.ids
-        batch.response_mask[part] = True
-        batch.behavior_logprobs[part] = rollout.logprobs
-        batch.policy_version[row] = rollout.policy_version
-        batch.weight[row] = 1.0
+        arrays["tokens"][row, :start] = rollout.prompt_ids
+        arrays["tokens"][part] = rollout.response.ids
+        arrays["response_mask"][part] = True
+        arrays["behavior_logprobs"][part] = rollout.logprobs
+        arrays["policy_version"][row] = rollout.policy_version
+        arrays["weight"][row] = 1.0
         if target is not None:
-            batch.loss_mask[part] = target.mask
-            batch.chunk_of_token[part] = target.chunk_of_token
-            batch.teacher_logprob[part] = target.teacher_logprob
-    return batch
+            arrays["loss_mask"][part] = target.mask
+            arrays["chunk_of_token"][part] = target.chunk_of_token
+            arrays["teacher_logprob"][part] = target.teacher_logprob
+    return Batch(**arrays)

@@ -69,7 +69,9 @@ class Rollout:
     """A response the student sampled. Its ids are kept for ever; nothing re-tokenises its text.
 
     `logprobs` are natural logs of the probability each token was sampled with. `finished` is false
-    when the response was cut at the length limit and so has no end of turn.
+    when the response was cut at the length limit and so has no end of turn. `vocabulary` is the
+    `vocab_fingerprint` of the tokenizer the ids belong to: a teacher with the same one reads them as
+    they are.
     """
 
     prompt: Prompt
@@ -78,6 +80,7 @@ class Rollout:
     logprobs: Float32[np.ndarray, " R"]
     finished: bool
     policy_version: int
+    vocabulary: str
 
 
 @dataclass(frozen=True)

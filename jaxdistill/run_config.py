@@ -22,7 +22,7 @@ class RunSection(StrictConfig):
 
     steps: int = Field(ge=1)
     dir: Path
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     tensorboard: bool = True
 
 
@@ -53,7 +53,9 @@ class RunConfig(StrictConfig):
     def _consistent(self) -> "RunConfig":
         if isinstance(self.objective, ReverseKLConfig):
             if self.teacher is None:
-                raise ValueError("objective.kind=reverse_kl needs a teacher: section (or use objective.kind=sft)")
+                raise ValueError(
+                    "objective.kind=reverse_kl needs a teacher: section (or use objective.kind=sft)"
+                )
             if self.rollout.temperature != 1.0 and self.objective.temperature_mismatch == "refuse":
                 raise ValueError(
                     f"rollout.temperature={self.rollout.temperature}, but the teacher is always scored at "

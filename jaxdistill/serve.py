@@ -99,22 +99,23 @@ def _api_key(name: str | None) -> str | None:
 
 def _bind(host: str, port: int) -> socket.socket:
     """Take the port before anything slow happens. It listens only once the model is loaded."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port is {port}, expected 0 (any free one) to 65535")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, proto)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"cannot listen on {host} port {port}: {reason}; stop what uses it, choose another --port, "
-            "or 0 for a free one"
+            f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it, choose "
+            "another --port, or 0 for a free one"
         ) from error
     return listener
 

@@ -67,7 +67,7 @@ def make_train_step(
         def loss(params: Any) -> tuple[Array, LossOutput]:
             decoder = nnx.merge(graphdef, params)
             out = evaluate_objective(objective, prepared, decoder(batch.tokens), decoder.output_embedding)
-            return out.objective.total / out.objective.weight, out
+            return jnp.asarray(out.objective.total / out.objective.weight), out
 
         (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, assemble, run; the exit code (see `cli.exit_code_of`)."""
     parser = argparse.ArgumentParser(prog="jaxdistill train", description="Distil a teacher into a student.")
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, run nothing"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args(argv)
 

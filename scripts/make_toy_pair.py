@@ -164,6 +164,7 @@ def fine_tune(model: Path, rows: Path, heldout: Path, run_dir: Path, *, steps: i
             "data": {"path": rows, "prompts_per_step": 64},
             "student": {"path": str(model)},
             "rollout": {"samples_per_prompt": 1, "max_prompt_tokens": 32, "max_new_tokens": 48},
+            "shapes": {"buckets": [48, 64, 80]},
             "objective": {"kind": "sft"},
             "optimizer": {"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.01},
             "checkpoint": {"every": steps, "keep": 1},
@@ -176,10 +177,12 @@ def fine_tune(model: Path, rows: Path, heldout: Path, run_dir: Path, *, steps: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("assets/toy"))
-    parser.add_argument("--teacher-steps", type=int, default=1800)
-    parser.add_argument("--student-steps", type=int, default=1800)
+    parser.add_argument("--teacher-steps", type=int, default=900)
+    parser.add_argument("--student-steps", type=int, default=900)
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -193,12 +196,18 @@ def main() -> None:
         for name, steps in (("teacher", arguments.teacher_steps), ("student", arguments.student_steps)):
             work = Path(scratch) / name
             work.mkdir()
-            rows = list(lessons(train_pairs, LESSONS, SEED + 2, habit=STUDENT_HABIT if name == "student" else 0.0))
+            rows = list(
+                lessons(train_pairs, LESSONS, SEED + 2, habit=STUDENT_HABIT if name == "student" else 0.0)
+            )
             corpus = [text for row in rows for text in (row["messages"][0]["content"], row["response"])]
             tokenizer = teacher_tokenizer(corpus) if name == "teacher" else student_tokenizer(corpus)
             write_blank_model(work / "blank", name, tokenizer)
             accuracy = fine_tune(
-                work / "blank", write_rows(work / "lessons.jsonl", rows), out / "heldout.jsonl", work / "run", steps=steps
+                work / "blank",
+                write_rows(work / "lessons.jsonl", rows),
+                out / "heldout.jsonl",
+                work / "run",
+                steps=steps,
             )
             export(work / "run", None, out / name)
             size = sum(f.stat().st_size for f in (out / name).iterdir()) / 1e6

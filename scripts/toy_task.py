@@ -79,7 +79,9 @@ def problems(pairs: list[tuple[int, int]], count: int, seed: int) -> list[dict[s
     return [problem(k, name, n, m, k.factor) for k, name, n, m in rng.sample(every, count)]
 
 
-def lessons(pairs: list[tuple[int, int]], count: int, seed: int, *, habit: float) -> Iterator[Mapping[str, Any]]:
+def lessons(
+    pairs: list[tuple[int, int]], count: int, seed: int, *, habit: float
+) -> Iterator[Mapping[str, Any]]:
     """What a model is trained on: half drills, half problems, of which the share `habit` is worked with
     the wrong factor."""
     rng = random.Random(seed)

@@ -174,16 +174,16 @@ def _shared_prefix(
 ) -> Int32[np.ndarray, " R"]:
     """Teacher position that has read exactly the bytes before each student token, up to the first mismatch.
 
-    -1 behind it, inside a teacher token, and where the teacher has no token left to predict.
+    -1 behind it, behind a token without a partner (only one side has read that), inside a teacher token,
+    and where the teacher has no token left to predict.
     """
     shared = np.full(len(student), -1, np.int32)
     opens = len(segments.length) and segments.student[0] == 0 and segments.teacher[0] == 0
     agree = int(segments.length[0]) if opens else 0
-    if len(student_side.cuts):
-        agree = min(agree, int(student_side.cuts[0]))
-    if len(teacher_side.cuts):
-        # The teacher's left-out token is read before anything behind it, also when it comes first.
+    if len(teacher_side.cuts):  # up to there, the teacher's position is the one before its left-out token
         agree = min(agree, int(teacher_side.cuts[0]))
+    if len(student_side.cuts):  # what begins there comes after the student's left-out token
+        agree = min(agree, int(student_side.cuts[0]) - 1)
     starts = np.concatenate([np.zeros(1, np.int64), student_side.ends])[:-1]
     reach = int(np.searchsorted(starts, agree, side="right"))
     position = teacher_side.index_at[starts[:reach]]

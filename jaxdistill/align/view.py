@@ -155,7 +155,7 @@ def _place(rows: Sequence[AlignmentRow], width: float) -> list[_Placed]:
     return placed
 
 
-def _tokens(side: Sequence[str], kind: Kind, x: float, y: float, room: float) -> list[str]:
+def _tokens(side: Sequence[str], kind: Kind, x: float, y: int, room: float) -> list[str]:
     """One side of a chunk; its tokens are stretched so that both sides end at the same place."""
     natural = [max(columns(p), 1) * _CHARACTER + _PAD for p in side]
     stretch = room / sum(natural) if natural else 1.0
@@ -199,7 +199,7 @@ def to_svg(
     """
     rows = alignment_rows(student, teacher, alignment)
     label = max(_LABEL, 7 * max(len(student_name), len(teacher_name)) + 14)
-    placed = _place(rows, width - 2 * _MARGIN - label)
+    placed = _place(rows, float(width - 2 * _MARGIN - label))
     used = max((p.x + p.width for p in placed), default=0.0)
     width = max(width, round(used + 2 * _MARGIN + label))  # one chunk can be wider than the page
     lines = 1 + max((p.line for p in placed), default=0)

@@ -18,7 +18,7 @@ class DataConfig(StrictConfig):
     """What is trained on: `prompts_per_step` rows of `path` each step."""
 
     path: Path
-    prompts_per_step: int = Field(32, ge=1)
+    prompts_per_step: int = Field(default=32, ge=1)
     shuffle: bool = True
 
 
@@ -32,7 +32,8 @@ class PromptStream:
     def __init__(self, prompts: Sequence[Prompt], config: DataConfig, *, seed: int):
         if len(prompts) < config.prompts_per_step:
             raise ConfigError(
-                f"data.prompts_per_step={config.prompts_per_step}, but {config.path} has only {len(prompts)} rows"
+                f"data.prompts_per_step={config.prompts_per_step}, but {config.path} has only "
+                f"{len(prompts)} rows"
             )
         self.fingerprint = fingerprint(prompts)
         dataset = grain.MapDataset.source(list(prompts)).seed(seed)

@@ -24,7 +24,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in readers:
         raise ConfigError(f"{path}: unknown kind of data file {path.suffix!r}; expected {', '.join(readers)}")
     prompts = [
-        _to_prompt(row, index, path.stem, where) for index, (where, row) in enumerate(readers[path.suffix](path))
+        _to_prompt(row, index, path.stem, where)
+        for index, (where, row) in enumerate(readers[path.suffix](path))
     ]
     if not prompts:
         raise DataError(f"{path} has no rows")
@@ -60,7 +61,9 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
         raise DataError(f"{where} has no 'messages' list; {_ROW}")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}: a message is {message!r:.80}; expected an object with 'role' and 'content'")
+            raise DataError(
+                f"{where}: a message is {message!r:.80}; expected an object with 'role' and 'content'"
+            )
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where} ends with the assistant's turn; a prompt ends before it "

@@ -45,13 +45,12 @@ class Objective(Protocol):
     slice of the targets and returns the sum to minimise and the sums of metrics by name.
     """
 
-    needs_teacher: bool
+    @property
+    def needs_teacher(self) -> bool: ...
 
     def prepare(self, batch: Batch) -> Prepared: ...
 
-    def tile(
-        self, logits: Float32[Array, "B C V"], targets: Any
-    ) -> tuple[Float32[Array, ""], Sums]: ...
+    def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, ""], Sums]: ...
 
 
 def evaluate_objective(

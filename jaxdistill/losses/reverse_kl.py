@@ -35,11 +35,11 @@ class ReverseKLConfig(StrictConfig):
     kind: Literal["reverse_kl"] = "reverse_kl"
     credit: Credit = "lookahead"
     signal: Signal = "chunk"
-    coefficient: float = Field(1.0, gt=0)
-    clip: float = Field(10.0, gt=0)
+    coefficient: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=10.0, gt=0)
     normalize: bool = True
     baseline: Literal["none", "batch"] = "none"
-    ratio_clip: float = Field(0.2, gt=0)
+    ratio_clip: float = Field(default=0.2, gt=0)
     temperature_mismatch: Literal["refuse", "allow"] = "refuse"
 
 

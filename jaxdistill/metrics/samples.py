@@ -16,7 +16,8 @@ class Sample:
     `answer` is the reference, `score` the task's score in [0, 1], `reverse_kl_per_byte` in nats per
     byte of this response; each None where it is not known. `alignment` is free for whoever made the
     alignment; where it has `pieces`, a list of `[text, class]` that cover the response with classes
-    from `exact`, `chunk`, `role` and `unaligned`, the report colours the response by them.
+    from `exact`, `chunk`, `role` and `unaligned`, the report colours the response by them (the kinds of
+    `align.view.alignment_rows`, whose rows hold the pieces as well).
     """
 
     messages: Sequence[Message]
@@ -36,8 +37,14 @@ class SampleLog:
     def log(self, step: int, samples: Sequence[Sample]) -> None:
         """Adds the samples of a step in a single write. An earlier step than the last one logged
         raises ValueError."""
-        self._file.append([{"step": step, **asdict(sample)} for sample in samples])
+        self._file.append([{"step": step, **_row(sample)} for sample in samples])
 
     def resume_at(self, step: int) -> None:
         """Forgets the samples at or after `step`, which the run is about to make again."""
         self._file.replace_from(step)
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    # A scorer may answer yes or no; readers of the file get a number either way.
+    score = None if sample.score is None else float(sample.score)
+    return asdict(sample) | {"score": score}

@@ -1,5 +1,8 @@
 """The device mesh: `data` and `fsdp` split rows, `fsdp` and `tensor` split parameters."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh
 from pydantic import Field
@@ -13,12 +16,12 @@ AXES = ("data", "fsdp", "tensor")
 class MeshConfig(StrictConfig):
     """Sizes of the mesh axes; one of them may be -1, which takes all devices the others leave."""
 
-    data: int = Field(1, ge=-1)
-    fsdp: int = Field(-1, ge=-1)
-    tensor: int = Field(1, ge=-1)
+    data: int = Field(default=1, ge=-1)
+    fsdp: int = Field(default=-1, ge=-1)
+    tensor: int = Field(default=1, ge=-1)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange `devices` (default: all) as [data, fsdp, tensor].
 
     Raises `ConfigError` when the sizes do not multiply to the number of devices.

@@ -15,10 +15,10 @@ from jaxdistill.text import Tokenizer
 class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens."""
 
-    samples_per_prompt: int = Field(4, ge=1)
-    max_prompt_tokens: int = Field(256, ge=1)
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, ge=0.0)
+    samples_per_prompt: int = Field(default=4, ge=1)
+    max_prompt_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0)
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -125,7 +125,9 @@ class LocalSampler:
         self._version = -1
 
         @partial(jax.jit, static_argnames=("samples",))
-        def run(params: Any, prompts: Any, lengths: Any, seeds: Any, temperature: Any, *, samples: int) -> Generated:
+        def run(
+            params: Any, prompts: Any, lengths: Any, seeds: Any, temperature: Any, *, samples: int
+        ) -> Generated:
             return generate(
                 nnx.merge(graphdef, params),
                 prompts,
@@ -177,7 +179,9 @@ class LocalSampler:
             for sample in range(samples)
         ]
 
-    def _rollout(self, prompt: Prompt, prompt_ids: np.ndarray, out: Generated, row: int, version: int) -> Rollout:
+    def _rollout(
+        self, prompt: Prompt, prompt_ids: np.ndarray, out: Generated, row: int, version: int
+    ) -> Rollout:
         length = int(out.lengths[row])
         ids = np.asarray(out.tokens[row, :length])
         return Rollout(
@@ -187,6 +191,7 @@ class LocalSampler:
             logprobs=np.asarray(out.logprobs[row, :length]),
             finished=int(ids[-1]) in self.tokenizer.stop_ids,
             policy_version=version,
+            vocabulary=self.tokenizer.vocab_fingerprint,
         )
 
 

@@ -30,7 +30,9 @@ class ReferenceSampler:
                 f"{prompt.source} row {prompt.index} has no 'response'; "
                 "objective.kind=sft trains on reference responses"
             )
-        response = concatenate([self.tokenizer.encode(prompt.response), self.tokenizer.role_span("end_of_turn")])
+        response = concatenate(
+            [self.tokenizer.encode(prompt.response), self.tokenizer.role_span("end_of_turn")]
+        )
         if len(response) > self.config.max_new_tokens:
             raise DataError(
                 f"{prompt.source} row {prompt.index}: the response has {len(response)} student tokens, more "
@@ -43,4 +45,5 @@ class ReferenceSampler:
             logprobs=np.zeros(len(response), np.float32),
             finished=True,
             policy_version=version,
+            vocabulary=self.tokenizer.vocab_fingerprint,
         )

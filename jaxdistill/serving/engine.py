@@ -12,7 +12,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32, UInt32
 
-from jaxdistill.losses.head import row_statistics
+from jaxdistill.losses.head import RowStatistics, row_statistics
 from jaxdistill.samplers.local import Generated, generate
 from jaxdistill.serving.protocol import Limits, Row, RowResult, Statistics
 from jaxdistill.students.decoder import Decoder
@@ -28,15 +28,6 @@ from jaxdistill.students.decoder import Decoder
 SHORTEST = 32  # tokens; shorter rows are padded to this
 FEWEST_NEW = 8  # new tokens a generation program is compiled for at least
 MOST_STATISTICS = 2**24  # reported numbers of one batch: bounds host and device memory at large top-k
-
-
-class _Scores(NamedTuple):
-    """`RowStatistics` of one batch, on the host."""
-
-    logprob: Float32[np.ndarray, "B T"]
-    topk_logprobs: Float32[np.ndarray, "B T K"]
-    topk_ids: Int32[np.ndarray, "B T K"]
-    chosen_logprobs: Float32[np.ndarray, "B T C"]
 
 
 class DecoderEngine:
@@ -128,8 +119,8 @@ class DecoderEngine:
             for b, i in enumerate(members):
                 if rows[i].temperature > 0:
                     inverse_temperature[b, len(rows[i].ids) - 1 :] = 1 / rows[i].temperature
-            batch = _Scores(
-                *jax.device_get(self._score(self._params, tokens, inverse_temperature, asked, top_k=top_k))
+            batch: RowStatistics = jax.device_get(
+                self._score(self._params, tokens, inverse_temperature, asked, top_k=top_k)
             )
             for b, i in enumerate(members):
                 found[i] = _row_of(batch, b, rows[i], len(outputs[i]))
@@ -144,15 +135,14 @@ def _score(
     chosen: Int32[Array, "B C"],
     *,
     top_k: int,
-) -> tuple[Array, Array, Array, Array]:
-    """The fields of `_Scores`: of the distribution after each position, for the token that follows."""
+) -> RowStatistics:
+    """Of the distribution after each position, for the token that follows there."""
     decoder = nnx.merge(graphdef, params)
     # Logits are linear in the hidden state, so a temperature can be applied to it: no [B, T, V] here.
     hidden = decoder(tokens)
     hidden = hidden * inverse_temperature[:, :, None].astype(hidden.dtype)
     following = jnp.roll(tokens, -1, axis=1)
-    found = row_statistics(hidden, decoder.output_embedding, following, top_k=top_k, chosen=chosen)
-    return found.logprob, found.topk_logprobs, found.topk_ids, found.chosen_logprobs
+    return row_statistics(hidden, decoder.output_embedding, following, top_k=top_k, chosen=chosen)
 
 
 def _sample(
@@ -178,7 +168,7 @@ def _sample(
     )
 
 
-def _row_of(batch: _Scores, b: int, row: Row, new: int) -> Statistics:
+def _row_of(batch: RowStatistics, b: int, row: Row, new: int) -> Statistics:
     """Cut one row out of a batch. Column t describes the token at position t + 1."""
     columns = slice(row.first - 1, len(row.ids) + max(new, 1) - 1)
     logprob = np.array(batch.logprob[b, columns], np.float32)

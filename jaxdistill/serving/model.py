@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.errors import ConfigError
 from jaxdistill.serving.app import Served
 from jaxdistill.serving.engine import DecoderEngine
 from jaxdistill.students.weights import load_decoder
@@ -18,8 +19,8 @@ def load_engine(
 ) -> tuple[DecoderEngine, Served]:
     """Load weights and, where the folder has one, the tokenizer (for the text of generated tokens and
     the tokens that end a turn). Raises `ConfigError` for a folder that cannot be served."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     decoder = load_decoder(folder)
+    config = _read_json(folder / "config.json")
     tokenizer = Tokenizer.load(str(folder)) if (folder / "tokenizer.json").is_file() else None
     stop_ids = tokenizer.stop_ids if tokenizer else _configured_ends(folder, config)
 
@@ -35,10 +36,17 @@ def load_engine(
     return engine, Served(path=str(folder), config=config, text=text)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); download or export the model again") from error
+
+
 def _configured_ends(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     """`eos_token_id` of generation_config.json, or else of config.json: one id or several."""
     generation = folder / "generation_config.json"
-    settings = json.loads(generation.read_text()) if generation.is_file() else {}
+    settings = _read_json(generation) if generation.is_file() else {}
     ends = settings.get("eos_token_id", config.get("eos_token_id"))
     if ends is None:
         return frozenset()

@@ -62,7 +62,7 @@ def read_config(folder: Path) -> DecoderConfig:
         raw: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON ({error}); download or export the model again") from error
-    family = raw.get("model_type")
+    family = str(raw.get("model_type"))
     if family not in FAMILIES:
         raise ConfigError(
             f"{path}: model_type is {family!r}, expected one of {', '.join(sorted(FAMILIES))}; "

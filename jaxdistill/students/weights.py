@@ -85,6 +85,8 @@ def save_decoder(decoder: Decoder, path: Path, *, source: Path) -> None:
             shutil.copyfile(source / name, partial / name)
     _write_config(partial / "config.json")
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    # safetensors makes files only their owner can read; an export is as readable as its config.
+    (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)

@@ -4,7 +4,7 @@ Letters: P teacher prompt tokens, S teacher response tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -26,20 +26,32 @@ class TeacherConfig(StrictConfig):
     """
 
     kind: Literal["sglang", "embedded"]
-    name: str = Field("teacher", min_length=1, description="what metrics and messages call this teacher")
+    name: str = Field(
+        default="teacher", min_length=1, description="what metrics and messages call this teacher"
+    )
     endpoint: str | tuple[str, ...] = Field((), description="URL of the server, or a list of replicas")
-    tokenizer: str | None = Field(None, description="folder or hub id; embedded: defaults to `model`")
-    model: str | None = Field(None, description="embedded: the model folder to serve")
+    tokenizer: str | None = Field(default=None, description="folder or hub id; embedded: defaults to `model`")
+    model: str | None = Field(default=None, description="embedded: the model folder to serve")
     roles: dict[str, str] = Field(default_factory=dict, description="role -> token, where not derivable")
-    api_key_env: str | None = Field(None, description="name of the environment variable with the API key")
+    api_key_env: str | None = Field(
+        default=None, description="name of the environment variable with the API key"
+    )
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to the chat template")
-    max_concurrency: int = Field(8, ge=1, description="requests in flight at once")
-    max_tokens_per_request: int = Field(8192, ge=1, description="rows are grouped up to this many tokens")
-    request_timeout_s: float = Field(120.0, gt=0, description="deadline of one request, its reply included")
-    attempts: int = Field(5, ge=1, description="tries of one request before the teacher counts as gone")
-    backoff_s: float = Field(0.5, ge=0, description="longest wait after the first failure; doubles each time")
-    backoff_max_s: float = Field(20.0, ge=0, description="no wait between tries is longer than this")
-    start_timeout_s: float = Field(180.0, gt=0, description="embedded: time to load and listen")
+    max_concurrency: int = Field(default=8, ge=1, description="requests in flight at once")
+    max_tokens_per_request: int = Field(
+        default=8192, ge=1, description="rows are grouped up to this many tokens"
+    )
+    request_timeout_s: float = Field(
+        default=120.0, gt=0, description="deadline of one request, its reply included"
+    )
+    attempts: int = Field(
+        default=5, ge=1, description="tries of one request before the teacher counts as gone"
+    )
+    backoff_s: float = Field(
+        default=0.5, ge=0, description="longest wait after the first failure; doubles each time"
+    )
+    backoff_max_s: float = Field(default=20.0, ge=0, description="no wait between tries is longer than this")
+    start_timeout_s: float = Field(default=180.0, gt=0, description="embedded: time to load and listen")
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -61,7 +73,7 @@ class TeacherConfig(StrictConfig):
         return value
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> "TeacherConfig":
         if self.kind == "sglang":
             if not self.endpoint:
                 raise ValueError("kind sglang needs endpoint: the URL of the server, or a list of them")
@@ -117,45 +129,59 @@ def teacher_view(
 
     The response's bytes are encoded as plain content, apart from the prompt (generation conditions on
     that split too). A role token of the student becomes the teacher's token of the same role, and is
-    left out where the teacher has none; a response without an end gets none.
+    left out where the teacher has none; a response without an end gets none. A teacher with the
+    student's own vocabulary reads the sampled ids as they are: another cut of the same text would be
+    another sample.
     """
     return teacher_views(tokenizer, [rollout], template_kwargs)[0]
 
 
 def teacher_views(
     tokenizer: Tokenizer, rollouts: Sequence[Rollout], template_kwargs: Mapping[str, Any] | None = None
-) -> list[tuple[Int32[np.ndarray, "_"], TokenSpans]]:
+) -> list[tuple[Int32[np.ndarray, " _"], TokenSpans]]:
     """`teacher_view` of each rollout: all contents are encoded in one call, a prompt that several
     rollouts share is rendered once."""
-    split = [_parts(rollout.response, tokenizer.roles) for rollout in rollouts]
+    split = [_parts(rollout, tokenizer) for rollout in rollouts]
     contents = [part for parts in split for part in parts if isinstance(part, bytes)]
     encoded = iter(tokenizer.encode_batch(contents))
-    prompts: dict[int, Int32[np.ndarray, "_"]] = {}
-    views: list[tuple[Int32[np.ndarray, "_"], TokenSpans]] = []
+    prompts: dict[int, Int32[np.ndarray, " _"]] = {}
+    views: list[tuple[Int32[np.ndarray, " _"], TokenSpans]] = []
     for rollout, parts in zip(rollouts, split, strict=True):
         key = id(rollout.prompt)
         if key not in prompts:
             prompts[key] = tokenizer.render(
                 rollout.prompt.messages, add_generation_prompt=True, template_kwargs=template_kwargs
             )
-        spans = [next(encoded) if isinstance(part, bytes) else tokenizer.role_span(part) for part in parts]
+        spans = [
+            next(encoded)
+            if isinstance(part, bytes)
+            else tokenizer.role_span(part)
+            if isinstance(part, str)
+            else part
+            for part in parts
+        ]
         views.append((prompts[key], concatenate(spans)))
     return views
 
 
-def _parts(response: TokenSpans, known_roles: Mapping[str, int]) -> list[bytes | str]:
-    """The response in order: stretches of content as bytes, role tokens as the role's name."""
-    parts: list[bytes | str] = []
+def _parts(rollout: Rollout, tokenizer: Tokenizer) -> list[bytes | str | TokenSpans]:
+    """The response in order: stretches of content as bytes, role tokens as the role's name; or all of
+    it as sampled, where both sides have one vocabulary."""
+    response = rollout.response
+    if rollout.vocabulary == tokenizer.vocab_fingerprint:
+        return [response]
+    parts: list[bytes | str | TokenSpans] = []
     begin = 0  # byte where the content not yet taken starts
     for index in np.flatnonzero(response.roles != CONTENT):
-        role = ROLE_NAMES.get(int(response.roles[index]))
-        if role is None or role not in known_roles:
-            continue  # stands for nothing the teacher knows, so the content around it is one stretch
+        # The stretch ends here even at a token the teacher has no counterpart for: one teacher token
+        # across that place would stand for bytes on both sides of it and could not be aligned.
         end = int(response.ends[index])
         if end > begin:
             parts.append(response.data[begin:end])
         begin = end
-        parts.append(role)
+        role = ROLE_NAMES.get(int(response.roles[index]))
+        if role is not None and role in tokenizer.roles:
+            parts.append(role)
     if len(response.data) > begin:
         parts.append(response.data[begin:])
     return parts

@@ -122,7 +122,10 @@ class ContentEncoder:
             wanted = text.encode()
             if any(byte in missing for byte in wanted):
                 continue  # no token stands for it; such bytes are left out and the aligner marks them
-            got, _ = self._table.join(self._plain_ids([text])[0])
+            ids = self._plain_ids([text])[0]
+            if self._control[ids].any():
+                continue  # a role given to an ordinary piece: such text is mended, see `_mend`
+            got, _ = self._table.join(ids)
             if got != wanted:
                 raise ConfigError(
                     f"{where}: the tokenizer does not keep its text: {wanted!r} comes back as {got!r}; its "

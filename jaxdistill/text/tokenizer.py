@@ -90,6 +90,11 @@ class Tokenizer:
         """The rule by which pieces stand for bytes: "byte-level" or "sentencepiece"."""
         return self._table.family
 
+    @property
+    def missing_bytes(self) -> bytes:
+        """Bytes no token of this vocabulary stands for; `encode` has to leave them out. Usually none."""
+        return bytes(np.flatnonzero(self._table.byte_ids < 0).astype(np.uint8))
+
     def token_bytes(self, ids: Sequence[int] | Int32[np.ndarray, " N"]) -> list[bytes]:
         """Content bytes of each id; b"" for control tokens and for ids the vocabulary has no entry for.
 
@@ -137,7 +142,8 @@ class Tokenizer:
     ) -> Int32[np.ndarray, " P"]:
         """Prompt ids: the chat template's text with its control strings parsed, no second BOS added.
 
-        Raises ConfigError without a template, DataError when the template refuses the messages.
+        Raises ConfigError without a template, DataError when the template refuses the messages or they
+        hold half a surrogate pair, which is no text.
         """
         text = self._template.render(
             messages,
@@ -145,6 +151,13 @@ class Tokenizer:
             tools=tools,
             template_kwargs=template_kwargs,
         )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.where}: the rendered messages hold {text[error.start]!a}, half a surrogate pair, at "
+                f"character {error.start}; give messages that are valid Unicode"
+            ) from error
         return np.asarray(self._raw.encode(text, add_special_tokens=False).ids, np.int32)
 
     @cached_property

@@ -17,24 +17,24 @@ def test_each_word_has_its_module(word: str, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "said"),
     [
-        ([], "jaxdistill: no command given, expected one of train, serve, export\n"),
+        ([], "no command given, expected one of train, serve, export"),
         (
             ["trian"],
-            "jaxdistill: unknown command 'trian', expected one of train, serve, export; did you mean 'train'?\n",
+            "unknown command 'trian', expected one of train, serve, export; did you mean 'train'?",
         ),
         (
             ["zzz", "--config", "x"],
-            "jaxdistill: unknown command 'zzz', expected one of train, serve, export\n",
+            "unknown command 'zzz', expected one of train, serve, export",
         ),
     ],
 )
 def test_other_words_are_one_line_and_exit_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
-    assert capsys.readouterr() == ("", message)
+    assert capsys.readouterr() == ("", f"jaxdistill: {said}\n")
 
 
 def test_help_names_every_word(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,10 @@ def test_known_to_fail():
 }
 
 
+GENUINE = {"JAXDISTILL_REQUIRE_GENUINE": "1"}
+NO_SKIPS = {"JAXDISTILL_NO_SKIPS": "1"}
+
+
 @pytest.mark.parametrize(
     ("variables", "files", "outcome"),
     [
@@ -44,8 +48,8 @@ def test_known_to_fail():
             ["test_single.py"],
             "1 failed, 1 passed, 1 skipped, 1 xfailed, 1 error",
         ),
-        ({"JAXDISTILL_NO_SKIPS": "1"}, ["test_single.py"], "2 failed, 1 passed, 1 xfailed, 1 error"),
-        ({"JAXDISTILL_NO_SKIPS": "1"}, ["test_whole_file.py"], "1 error"),
+        (NO_SKIPS, ["test_single.py"], "2 failed, 1 passed, 1 xfailed, 1 error"),
+        (NO_SKIPS, ["test_whole_file.py"], "1 error"),
     ],
 )
 def test_skips_that_are_refused(

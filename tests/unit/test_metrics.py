@@ -236,7 +236,7 @@ def test_tensorboard_gets_the_values_and_the_purge(tmp_path: Path) -> None:
 
 def test_samples_of_a_step_stand_once_after_a_resume(tmp_path: Path) -> None:
     one = Sample(
-        [{"role": "user", "content": "2 + 2 \ud800 ü?"}], "4\n", "4", 1.0, 0.25, {"pieces": [["4", "exact"]]}
+        [{"role": "user", "content": "2 + 2 \ud800 ü?"}], "4\n", "4", True, 0.25, {"pieces": [["4", "exact"]]}
     )
     log = SampleLog(tmp_path)
     log.log(0, [one, one])
@@ -248,6 +248,7 @@ def test_samples_of_a_step_stand_once_after_a_resume(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [0, 0, 5, 5]
     assert rows[0]["messages"][0]["content"] == "2 + 2 \ud800 ü?"
     assert rows[0]["response"] == "4\n"
+    assert '"score": 1.0' in (tmp_path / "samples.jsonl").read_text("utf-8")
 
 
 # --- progress

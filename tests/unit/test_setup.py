@@ -221,6 +221,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return checkout
 
 
+@pytest.mark.slow
 def test_life_of_an_environment(checkout: Checkout) -> None:
     first = checkout.setup()
     assert first.returncode == 0, first.stderr
@@ -251,6 +252,7 @@ def test_life_of_an_environment(checkout: Checkout) -> None:
     assert checkout.setup().stderr == ""
 
 
+@pytest.mark.slow
 def test_broken_or_moved_environment_is_remade(checkout: Checkout) -> None:
     checkout.setup()
     marker = checkout.mark()

@@ -82,7 +82,8 @@ def test_row_statistics_equal_log_softmax(inputs):
     np.testing.assert_allclose(got.chosen_logprobs[1], logprobs[1][:, chosen[1]], atol=1e-5)
 
 
-def test_temporary_memory_stays_far_below_the_logits():
+def test_temporary_memory_stays_far_below_the_logits(monkeypatch):
+    monkeypatch.setattr(head, "TILE_LOGITS", 2**22)
     rows, length, hidden_size, vocab = 4, 1024, 64, 32_768
 
     def loss(h, e, tokens):
@@ -99,4 +100,4 @@ def test_temporary_memory_stays_far_below_the_logits():
         .compile()
     )
     logits_bytes = 4 * rows * length * vocab
-    assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 4

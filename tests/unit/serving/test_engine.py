@@ -72,9 +72,7 @@ def test_prompt_scores_are_the_log_softmax(engine: DecoderEngine, decoder: Decod
         statistics.logprob[:-1], table[np.arange(length - 1), ids[1:]], rtol=0, atol=ATOL
     )
     assert np.isnan(statistics.logprob[-1])  # no token follows
-    np.testing.assert_allclose(
-        statistics.topk_logprobs, -np.sort(-table, axis=-1)[:, :3], rtol=0, atol=ATOL
-    )
+    np.testing.assert_allclose(statistics.topk_logprobs, -np.sort(-table, axis=-1)[:, :3], rtol=0, atol=ATOL)
     picked = np.take_along_axis(table, statistics.topk_ids, axis=-1)
     np.testing.assert_allclose(statistics.topk_logprobs, picked, rtol=0, atol=ATOL)
     np.testing.assert_allclose(statistics.chosen_logprobs, table[:, [7, 5, 7]], rtol=0, atol=ATOL)
@@ -126,9 +124,7 @@ def test_greedy_generation_takes_the_most_likely_token(engine: DecoderEngine, de
     np.testing.assert_allclose(statistics.logprob[11:], statistics.topk_logprobs[11:, 0], rtol=0, atol=ATOL)
 
 
-def test_temperature_scales_new_tokens_and_never_the_prompt(
-    engine: DecoderEngine, decoder: Decoder
-) -> None:
+def test_temperature_scales_new_tokens_and_never_the_prompt(engine: DecoderEngine, decoder: Decoder) -> None:
     ids = random_ids(12)
     hot = engine.run([make_row(ids, max_new_tokens=4, temperature=2.0, seed=1)])[0]
     cold = engine.run([make_row(ids, max_new_tokens=0)])[0]
@@ -178,8 +174,6 @@ def test_few_programs_are_compiled(decoder: Decoder) -> None:
     engine = DecoderEngine(decoder, frozenset(), max_batch_tokens=512)
     rows = [make_row(random_ids(n, seed=n)) for n in range(2, 60)]
     engine.run(rows)
-    compiled = engine._score._cache_size()
     for size in (1, 3, 10, 40):
         engine.run(rows[:size])
-    assert compiled <= 6
-    assert engine._score._cache_size() <= compiled + 1
+    assert engine._score._cache_size() <= 6  # two lengths (32, 64) in batches of 1, 4 or 16 rows

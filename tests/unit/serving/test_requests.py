@@ -49,7 +49,10 @@ def test_start_minus_one_and_the_length_report_no_prompt_position(start: int, be
 def test_a_batch_takes_scalars_and_lists() -> None:
     rows = parse(
         input_ids=[[1, 2], [3, 4, 5]],
-        sampling_params=[{"max_new_tokens": 0}, {"max_new_tokens": 2, "temperature": 0.5, "ignore_eos": True}],
+        sampling_params=[
+            {"max_new_tokens": 0},
+            {"max_new_tokens": 2, "temperature": 0.5, "ignore_eos": True},
+        ],
         return_logprob=[True, False],
         logprob_start_len=[1, 2],
         top_logprobs_num=4,

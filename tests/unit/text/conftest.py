@@ -12,9 +12,8 @@ from jaxdistill.text import Tokenizer
 @pytest.fixture(scope="session")
 def makers() -> ModuleType:
     """The module that trains small tokenizers, loaded by path: test folders are no packages."""
-    spec = importlib.util.spec_from_file_location(
-        "small_tokenizers", Path(__file__).parents[1] / "text" / "small_tokenizers.py"
-    )
+    file = Path(__file__).with_name("small_tokenizers.py")
+    spec = importlib.util.spec_from_file_location("small_tokenizers", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -16,6 +16,15 @@ CORPUS = [
     "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u4f60\u597d\uff0c\u670b\u53cb\u3002 \u2248 10 %",
     "Emma gives 7 pears to Tom. How many pears has Emma now?",
 ] * 4
+STRIPPING_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 CHATML = (
@@ -26,7 +35,7 @@ CHATML = (
 LLAMA3 = (
     "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m['role'] }}"
     "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
@@ -139,10 +148,7 @@ def llama2(folder: Path) -> Path:
         prepend = {"type": "Prepend", "prepend": "\u2581"}
         document["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
         document["pre_tokenizer"] = None
-        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-        steps = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
-        document["decoder"] = {"type": "Sequence", "decoders": steps}
+        document["decoder"] = STRIPPING_DECODER
 
     return write(folder, raw, MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"}, edit)
 
@@ -151,7 +157,6 @@ def unigram(folder: Path) -> Path:
     """SentencePiece Unigram with byte fallback and a Metaspace that puts a space in front."""
     raw = RawTokenizer(models.Unigram())
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    raw.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
         vocab_size=460,
         special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
@@ -163,6 +168,7 @@ def unigram(folder: Path) -> Path:
     def edit(document: dict[str, Any]) -> None:
         _plain_bytes(document)
         document["model"]["byte_fallback"] = True
+        document["decoder"] = STRIPPING_DECODER
 
     return write(folder, raw, MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"}, edit)
 

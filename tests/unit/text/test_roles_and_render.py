@@ -146,6 +146,11 @@ def test_the_templates_own_words_reach_the_user(folders: dict[str, Path], tmp_pa
         tokenizer.render([])
 
 
+def test_messages_that_are_no_text_are_refused(tokenizers: dict[str, Tokenizer]) -> None:
+    with pytest.raises(DataError, match="surrogate"):
+        tokenizers["chatml"].render([{"role": "user", "content": "a\ud800"}])
+
+
 def test_template_arguments_reach_the_template(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["chatml"], tmp_path / "arguments")
     template = (

@@ -134,7 +134,8 @@ def test_a_control_string_the_merges_spell_is_still_text(makers: ModuleType, tmp
     raw = makers.byte_level(tmp_path, digits=False, normalize=False)
     document = json.loads(raw.to_str())
     size = len(document["model"]["vocab"])
-    merged = next(piece for piece, i in document["model"]["vocab"].items() if i > 300 and piece.isalpha())
+    words = (piece for piece in document["model"]["vocab"] if piece.isascii() and piece.isalpha())
+    merged = max(words, key=len)
     folder = makers.write(tmp_path, raw, makers.CHATML.replace("<|im_end|>", merged), {})
     tokenizer = Tokenizer.load(str(folder), roles={"end_of_turn": merged})
     spans = tokenizer.encode(f"a {merged} b{merged}")
@@ -166,6 +167,26 @@ def test_padded_vocabulary_has_ids_without_bytes(folders: dict[str, Path], tmp_p
     assert tokenizer.spans([999]).roles.tolist() == [OTHER_SPECIAL]
 
 
+def test_bytes_without_a_token_are_left_out_and_nothing_else(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    # SmolLM2's vocabulary lacks 21 bytes. Here it is 0x07 ("\u0107" in the byte map) and 0xE2.
+    folder = shutil.copytree(folders["llama3"], tmp_path / "gaps")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]
+    for piece in [p for p in vocabulary if "\u0107" in p or "\u00e2" in p]:
+        index = vocabulary.pop(piece)
+        vocabulary[f"unused {index}"] = index
+    merges = [
+        m for m in document["model"]["merges"] if "\u0107" not in "".join(m) and "\u00e2" not in "".join(m)
+    ]
+    document["model"]["merges"] = merges
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = Tokenizer.load(str(folder))
+    assert tokenizer.missing_bytes == b"\x07\xe2"
+    assert tokenizer.encode("Tom\u2248 12\x07 apples\xff").data == b"Tom" + b"\x89\x88 12 apples\xc3\xbf"
+
+
 def test_concatenate_joins_bytes_and_ends(tokenizer: Tokenizer) -> None:
     parts = [tokenizer.encode("Tom has"), tokenizer.role_span("end_of_turn"), tokenizer.encode(" 12 \u2248")]
     whole = concatenate(parts)
@@ -177,7 +198,7 @@ def test_concatenate_joins_bytes_and_ends(tokenizer: Tokenizer) -> None:
 
 
 def test_wordpiece_is_refused_with_its_reason(makers: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="WordPiece.*white space"):
+    with pytest.raises(ConfigError, match=r"WordPiece.*white space"):
         Tokenizer.load(str(makers.wordpiece(tmp_path)))
 
 
@@ -188,7 +209,7 @@ def test_folding_and_lossy_tokenizers_are_refused(folders: dict[str, Path], tmp_
         (folder / "tokenizer.json").write_text(json.dumps({**document, **changes}))
         return str(folder)
 
-    with pytest.raises(ConfigError, match="Lowercase.*folds letters"):
+    with pytest.raises(ConfigError, match=r"Lowercase.*folds letters"):
         Tokenizer.load(variant("lower", normalizer={"type": "Lowercase"}))
     drops = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "ByteLevel"}]}
     drops["pretokenizers"][1] |= {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # type: ignore

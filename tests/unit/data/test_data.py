@@ -1,0 +1,96 @@
+"""Reading prompts, and a stream whose position can be saved."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxdistill.data import DataConfig, PromptStream, read_prompts
+from jaxdistill.errors import CheckpointError, ConfigError, DataError
+
+ROWS = [{"messages": [{"role": "user", "content": f"Frage {i} é"}], "answer": str(i)} for i in range(10)]
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def stream(path: Path, seed: int = 3) -> PromptStream:
+    return PromptStream(read_prompts(path), DataConfig(path=path, prompts_per_step=3), seed=seed)
+
+
+def test_jsonl_and_parquet_read_the_same(tmp_path):
+    lines = read_prompts(write(tmp_path / "a.jsonl", ROWS))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    table = read_prompts(tmp_path / "a.parquet")
+    assert lines == table
+    assert [p.index for p in lines] == list(range(10))
+    assert (
+        lines[4].messages[0]["content"] == "Frage 4 é" and lines[4].answer == "4" and lines[4].source == "a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "hi"}, "has no 'messages' list"),
+        ({"messages": []}, "has no 'messages' list"),
+        ([1, 2], "has no 'messages' list"),
+        ({"messages": ["hi"]}, "expected an object with 'role' and 'content'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "ends with the assistant's turn"),
+        ({"messages": ROWS[0]["messages"], "answer": 3}, "'answer' is 3; expected a string"),
+        ("{nonsense", "is not JSON"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, says):
+    path = write(tmp_path / "bad.jsonl", [ROWS[0], ROWS[1], row])
+    with pytest.raises(DataError, match=says) as error:
+        read_prompts(path)
+    assert "bad.jsonl line 3" in str(error.value)
+
+
+def test_missing_empty_and_unknown_files(tmp_path):
+    with pytest.raises(ConfigError, match="no data file"):
+        read_prompts(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="has no rows"):
+        read_prompts(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(ConfigError, match=r"unknown kind of data file '\.csv'"):
+        read_prompts(write(tmp_path / "a.csv", ROWS))
+    (tmp_path / "broken.parquet").write_bytes(b"not parquet")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read_prompts(tmp_path / "broken.parquet")
+
+
+def test_the_stream_sees_every_row_each_epoch_in_a_new_order(tmp_path):
+    prompts = stream(write(tmp_path / "a.jsonl", ROWS))
+    seen = [p.index for _ in range(10) for p in next(prompts)]
+    epochs = [seen[:10], seen[10:20], seen[20:30]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_restored_position_continues_with_the_same_groups(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    prompts = stream(path)
+    for _ in range(4):
+        next(prompts)
+    state = json.loads(json.dumps(prompts.state()))
+    expected = [[p.index for p in next(prompts)] for _ in range(5)]
+    again = stream(path)
+    again.restore(state)
+    assert [[p.index for p in next(again)] for _ in range(5)] == expected
+
+
+def test_a_position_in_other_data_is_refused(tmp_path):
+    state = stream(write(tmp_path / "a.jsonl", ROWS)).state()
+    other = stream(write(tmp_path / "b.jsonl", ROWS[:-1]))
+    with pytest.raises(CheckpointError, match="other data"):
+        other.restore(state)
+
+
+def test_fewer_rows_than_a_step_needs(tmp_path):
+    with pytest.raises(ConfigError, match=r"prompts_per_step=3, but .* has only 2 rows"):
+        stream(write(tmp_path / "a.jsonl", ROWS[:2]))

@@ -1,0 +1,119 @@
+"""The configuration's checks and the teacher's view of a rollout."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from jaxdistill.records import END_OF_TURN, OTHER_SPECIAL, ROLES, Rollout, TokenSpans
+from jaxdistill.teachers import BUILDERS, TeacherConfig, teacher_view
+from jaxdistill.teachers.base import teacher_views
+from jaxdistill.text import Tokenizer
+
+URL = "http://127.0.0.1:30000"
+
+
+def test_an_endpoint_may_be_one_url_or_several() -> None:
+    one = TeacherConfig(kind="sglang", endpoint=f"{URL}/", tokenizer="t")
+    assert one.endpoints == (URL,)
+    two = TeacherConfig(kind="sglang", endpoint=(URL, "https://host/teacher"), tokenizer="t")
+    assert two.endpoints == (URL, "https://host/teacher")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "sglang", "tokenizer": "t"}, "needs endpoint"),
+        ({"kind": "sglang", "endpoint": (), "tokenizer": "t"}, "needs endpoint"),
+        ({"kind": "sglang", "endpoint": URL}, "needs tokenizer"),
+        ({"kind": "sglang", "endpoint": URL, "tokenizer": "t", "model": "m"}, "model is for kind embedded"),
+        ({"kind": "embedded"}, "needs model"),
+        ({"kind": "embedded", "model": "m", "endpoint": URL}, "endpoint is for kind sglang"),
+        ({"kind": "embedded", "model": "m", "api_key_env": "K"}, "api_key_env is for kind sglang"),
+        ({"kind": "sglang", "endpoint": "localhost:30000", "tokenizer": "t"}, "http://host:30000"),
+        ({"kind": "sglang", "endpoint": "http://me:pass@host", "tokenizer": "t"}, "credentials"),
+        ({"kind": "sglang", "endpoint": f"{URL}?key=1", "tokenizer": "t"}, "query"),
+        ({"kind": "sglang", "endpoint": URL, "tokenizer": "t", "attempts": 0}, "attempts"),
+        ({"kind": "nope"}, "sglang"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TeacherConfig(**settings)
+
+
+def test_every_kind_has_a_builder() -> None:
+    kinds = TeacherConfig.model_json_schema()["properties"]["kind"]["enum"]
+    assert sorted(BUILDERS) == sorted(kinds)
+
+
+def test_the_view_holds_the_same_bytes_and_ends_where_the_student_ended(
+    tokenizer: Tokenizer, rollouts: list[Rollout]
+) -> None:
+    for one in rollouts:
+        prompt, response = teacher_view(tokenizer, one)
+        np.testing.assert_array_equal(prompt, tokenizer.render(one.prompt.messages))
+        assert response.data == one.response.data
+        ended = len(response) > 0 and response.roles[-1] == END_OF_TURN
+        assert ended == one.finished  # a truncated response gets no end
+        if ended:
+            assert response.ids[-1] == tokenizer.roles["end_of_turn"]
+
+
+def test_views_of_many_are_the_views_of_each(tokenizer: Tokenizer, rollouts: list[Rollout]) -> None:
+    for one, (prompt, response) in zip(rollouts, teacher_views(tokenizer, rollouts), strict=True):
+        alone_prompt, alone = teacher_view(tokenizer, one)
+        np.testing.assert_array_equal(prompt, alone_prompt)
+        np.testing.assert_array_equal(response.ids, alone.ids)
+        np.testing.assert_array_equal(response.ends, alone.ends)
+
+
+def test_control_words_in_the_response_stay_content(
+    tokenizer: Tokenizer, rollout: Callable[..., Rollout]
+) -> None:
+    _, response = teacher_view(tokenizer, rollout("say <|end|> now", finished=False))
+    assert not response.roles.any()
+    assert response.data == b"say <|end|> now"
+
+
+def test_roles_are_mapped_by_meaning_or_dropped(
+    tokenizer: Tokenizer, rollout: Callable[..., Rollout]
+) -> None:
+    # A student whose tokens are: "a", a think mark this teacher lacks, "the", an unknown mark, "b", end.
+    student = TokenSpans(
+        ids=np.array([7, 900, 8, 901, 9, 902], np.int32),
+        data=b"atheb",
+        ends=np.array([1, 1, 4, 4, 5, 5], np.int64),
+        roles=np.array([0, ROLES["think_open"], 0, OTHER_SPECIAL, 0, END_OF_TURN], np.int8),
+    )
+    one = replace(rollout("a"), response=student)
+    assert "think_open" not in tokenizer.roles
+    _, response = teacher_view(tokenizer, one)
+    assert response.data == b"atheb"
+    assert response.roles.tolist() == [0] * (len(response) - 1) + [END_OF_TURN]
+    np.testing.assert_array_equal(response.ids[:-1], tokenizer.encode(b"atheb").ids)
+
+
+def test_a_role_in_the_middle_splits_what_is_encoded(
+    tokenizer: Tokenizer, rollout: Callable[..., Rollout]
+) -> None:
+    student = TokenSpans(
+        ids=np.array([1, 2, 3], np.int32),
+        data=b"the",
+        ends=np.array([1, 1, 3], np.int64),
+        roles=np.array([0, END_OF_TURN, 0], np.int8),
+    )
+    _, response = teacher_view(tokenizer, replace(rollout("a"), response=student))
+    end = tokenizer.roles["end_of_turn"]
+    assert response.ids.tolist() == [*tokenizer.encode(b"t").ids, end, *tokenizer.encode(b"he").ids]
+    assert response.data == b"the"
+
+
+def test_the_room_loads_no_jax() -> None:
+    code = "import sys, jaxdistill.teachers; sys.exit(any(m in sys.modules for m in ('jax', 'flax')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
