@@ -47,13 +47,13 @@ class Inputs:
     tokenizer: Tokenizer
     decoder: Decoder
     mesh: Mesh
-    prompts: list[Prompt]
+    prompts: PromptStream
     heldout: list[Prompt]
 
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Load the data, the student and its tokenizer. Raises `ConfigError` or `DataError`."""
-    prompts = read_prompts(config.data.path)
+    prompts = PromptStream(read_prompts(config.data.path), config.data, seed=config.run.seed)
     heldout = [] if config.eval.path is None else read_prompts(config.eval.path)[: config.eval.prompts]
     mesh = make_mesh(config.mesh)
     compute_dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
@@ -109,7 +109,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             initial=state,
             train_step=make_train_step(graphdef, objective, optimizer, state),
             learning_rate=lambda step: float(np.asarray(schedule(step))),
-            prompts=PromptStream(inputs.prompts, config.data, seed=config.run.seed),
+            prompts=inputs.prompts,
             policy=policy,
             collect=Collector(sampler, teacher, signal, config.buckets, inputs.mesh, stopwatch),
             evaluator=Evaluator(config.eval, inputs.heldout, teacher, config.run.steps),
@@ -178,7 +178,11 @@ def manifest(config: RunConfig, inputs: Inputs, teacher: Teacher | None) -> dict
         "teacher": None
         if teacher is None
         else {"name": teacher.name, "tokenizer": teacher.tokenizer.fingerprint},
-        "data": {"prompts": len(inputs.prompts), "heldout": len(inputs.heldout)},
+        "data": {
+            "fingerprint": inputs.prompts.fingerprint,
+            "prompts": inputs.prompts.rows,
+            "heldout": len(inputs.heldout),
+        },
     }
 
 
@@ -200,7 +204,7 @@ def plan(config: RunConfig) -> str:
             "teacher: none"
             if teacher is None
             else f"teacher: {teacher.kind} {teacher.model or teacher.endpoint}",
-            f"data: {len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
+            f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
             f"batch: {rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",

@@ -35,6 +35,7 @@ class PromptStream:
                 f"data.prompts_per_step={config.prompts_per_step}, but {config.path} has only "
                 f"{len(prompts)} rows"
             )
+        self.rows = len(prompts)
         self.fingerprint = fingerprint(prompts)
         dataset = grain.MapDataset.source(list(prompts)).seed(seed)
         if config.shuffle:
