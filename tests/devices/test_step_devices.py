@@ -26,7 +26,7 @@ def run(out: Path, devices: int, mesh: str) -> dict[str, np.ndarray]:
     return dict(np.load(out))
 
 
-@pytest.mark.parametrize("mesh", ["1,8,1", "1,4,2", "2,2,2", "8,1,1"])
+@pytest.mark.parametrize("mesh", ["1,8,1", "1,4,2", "2,2,2"])
 def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, tmp_path, mesh):
     many = run(tmp_path / "out.npz", 8, mesh)
     assert many.keys() == one_device.keys()
@@ -34,5 +34,4 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, tm
     for name, value in one_device.items():
         if name not in ("devices", "sharded_parameters"):
             np.testing.assert_allclose(many[name], value, atol=1e-5, err_msg=name)
-    if mesh != "8,1,1":
-        assert many["sharded_parameters"] > 5  # the mesh is used, not just present
+    assert many["sharded_parameters"] > 5  # the mesh is used, not just present

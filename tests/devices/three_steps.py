@@ -1,4 +1,7 @@
-"""Run by test_step_devices.py in a process of its own: `three_steps.py data,fsdp,tensor OUT.npz`."""
+"""Run by test_step_devices.py in a process of its own: `three_steps.py data,fsdp,tensor OUT.npz`.
+
+Three training steps, then the trained policy samples.
+"""
 
 import sys
 
@@ -10,6 +13,7 @@ from jaxdistill.batch import Batch
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.parallel import MeshConfig, make_mesh, place_batch, place_params
+from jaxdistill.samplers import generate
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import Decoder, DecoderConfig
 
@@ -35,6 +39,28 @@ def make_batch(seed: int) -> Batch:
     )
 
 
+def sample(graphdef, params, mesh) -> np.ndarray:
+    """16 prompts of different lengths, two samples each: ids [32, 6]."""
+    tokens = np.random.default_rng(9).integers(0, 64, (16, 5)).astype(np.int32)
+    lengths = (1 + np.arange(16) % 5).astype(np.int32)
+
+    @jax.jit
+    def run(params, tokens, lengths):
+        keys = jax.random.split(jax.random.key(4), 32)
+        return generate(
+            nnx.merge(graphdef, params),
+            tokens,
+            lengths,
+            keys,
+            samples=2,
+            max_new_tokens=6,
+            temperature=np.float32(1.0),
+            stop_ids=(3,),
+        )
+
+    return np.asarray(run(params, *place_batch((tokens, lengths), mesh)).tokens)
+
+
 def main(sizes: str, out: str) -> None:
     data, fsdp, tensor = (int(size) for size in sizes.split(","))
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
@@ -49,12 +75,14 @@ def main(sizes: str, out: str) -> None:
     for number in range(3):
         state, metrics = step(state, place_batch(make_batch(number), mesh))
         losses.append(metrics["loss"].value)
+    sampled = sample(graphdef, state.params, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in leaves)
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     np.savez(
         out,
         losses=np.array(losses),
+        sampled=sampled,
         devices=np.array(len(jax.devices())),
         sharded_parameters=np.array(sharded),
         **arrays,
