@@ -26,16 +26,16 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.evaluate import Evaluator
 from jaxdistill.loop import Run
 from jaxdistill.losses import OBJECTIVES, Objective
-from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
-from jaxdistill.metrics import CompileCounter, MetricsLog, SampleLog, Stopwatch
+from jaxdistill.metrics import CompileCounter, MetricsLog, SampleLog, Stopwatch, write_atomically
 from jaxdistill.optimizer import learning_rate, make_optimizer
 from jaxdistill.parallel import make_mesh
 from jaxdistill.records import Prompt
 from jaxdistill.run_config import RunConfig
-from jaxdistill.samplers import LocalSampler, ReferenceSampler, Sampler
+from jaxdistill.run_folder import open_run_folder
+from jaxdistill.samplers import LocalSampler, ReferenceSampler, render_prompt
 from jaxdistill.step import initial_state, make_train_step
-from jaxdistill.students import Decoder, load_decoder
-from jaxdistill.teachers import Teacher
+from jaxdistill.students import Decoder, load_decoder, read_config
+from jaxdistill.teachers import Teacher, TeacherConfig
 from jaxdistill.teachers import build as build_teacher
 from jaxdistill.text import Tokenizer
 
@@ -49,11 +49,13 @@ class Inputs:
     mesh: Mesh
     prompts: PromptStream
     heldout: list[Prompt]
+    references: ReferenceSampler
 
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Load the data, the student and its tokenizer. Raises `ConfigError` or `DataError`."""
-    prompts = PromptStream(read_prompts(config.data.path), config.data, seed=config.run.seed)
+    rows = read_prompts(config.data.path)
+    prompts = PromptStream(rows, config.data, seed=config.run.seed)
     heldout = [] if config.eval.path is None else read_prompts(config.eval.path)[: config.eval.prompts]
     mesh = make_mesh(config.mesh)
     compute_dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
@@ -70,7 +72,13 @@ def read_inputs(config: RunConfig) -> Inputs:
             f"{decoder.config.max_length}; lower rollout.max_prompt_tokens, rollout.max_new_tokens or "
             "shapes.buckets"
         )
-    return Inputs(tokenizer, decoder, mesh, prompts, heldout)
+    # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
+    references = ReferenceSampler(tokenizer, config.rollout)
+    for row in [*rows, *heldout]:
+        render_prompt(tokenizer, row, config.rollout)
+    if not config.objective.on_policy:
+        references.sample(rows, version=0)
+    return Inputs(tokenizer, decoder, mesh, prompts, heldout, references)
 
 
 @contextmanager
@@ -85,17 +93,20 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         compiles = CompileCounter()
         stack.callback(compiles.close)
         stopwatch = Stopwatch(lambda: compiles.programs)
-        folder = prepare_folder(config, inputs, teacher)
+        objective = OBJECTIVES[config.objective.kind](
+            config.objective, same_vocabulary=teacher is not None and _same_vocabulary(inputs, teacher)
+        )
+        folder = stack.enter_context(open_run_folder(config.run.dir, dump(config), config.run.steps))
+        facts = json.dumps(manifest(config, inputs, teacher, objective), indent=2)
+        write_atomically(folder / "manifest.json", facts.encode() + b"\n")
         schedule = learning_rate(config.optimizer, config.run.steps)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
+        rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state = initial_state(inputs.decoder, optimizer, inputs.mesh)
-        objective = make_objective(config, inputs.tokenizer, teacher)
         policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
-        sampler: Sampler = policy
-        if config.objective.kind == "sft":
-            sampler = ReferenceSampler(inputs.tokenizer, config.rollout)
-        signal = config.objective.signal if isinstance(config.objective, ReverseKLConfig) else "chunk"
+        scorer = teacher if config.objective.needs_teacher else None
+        sampler = policy if config.objective.on_policy else inputs.references
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         metrics = stack.enter_context(
@@ -107,54 +118,31 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             dir=folder,
             steps=config.run.steps,
             initial=state,
-            train_step=make_train_step(graphdef, objective, optimizer, state),
+            train_step=make_train_step(graphdef, objective, optimizer, state, inputs.mesh),
             learning_rate=lambda step: float(np.asarray(schedule(step))),
             prompts=inputs.prompts,
             policy=policy,
-            collect=Collector(sampler, teacher, signal, config.buckets, inputs.mesh, stopwatch),
-            evaluator=Evaluator(config.eval, inputs.heldout, teacher, config.run.steps),
+            collect=Collector(
+                sampler, scorer, config.objective.signal, config.buckets, inputs.mesh, stopwatch
+            ),
+            evaluator=Evaluator(config.eval, inputs.heldout, teacher, config.run.steps, rows),
             checkpoints=checkpoints,
             metrics=metrics,
             samples=SampleLog(folder),
+            example_every=None if inputs.heldout else config.eval.every,
             stopwatch=stopwatch,
         )
 
 
-def make_objective(config: RunConfig, tokenizer: Tokenizer, teacher: Teacher | None) -> Objective:
-    """The configured objective. With equal vocabularies every chunk is one token and its border is
-    nobody's work, so `lookahead` has nothing to correct and is the textbook `broadcast`."""
-    objective = config.objective
-    if isinstance(objective, ReverseKLConfig):
-        same = teacher is not None and teacher.tokenizer.vocab_fingerprint == tokenizer.vocab_fingerprint
-        if same and objective.credit == "lookahead":
-            objective = objective.model_copy(update={"credit": "broadcast"})
-        return ReverseKL(objective)
-    return OBJECTIVES[objective.kind](objective)
+def _same_vocabulary(inputs: Inputs, teacher: Teacher) -> bool:
+    return teacher.tokenizer.vocab_fingerprint == inputs.tokenizer.vocab_fingerprint
 
 
-def prepare_folder(config: RunConfig, inputs: Inputs, teacher: Teacher | None) -> Path:
-    """Make the run folder with config.yaml and manifest.json, or check that it is this run's."""
-    folder = config.run.dir
-    resolved = folder / "config.yaml"
-    text = dump(config)
-    if resolved.is_file() and _without_length(resolved.read_text()) != _without_length(text):
-        raise ConfigError(
-            f"run.dir={folder} holds a run with another config (see {resolved}); "
-            "use another run.dir, or remove the folder to start anew"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(text)
-        (folder / "manifest.json").write_text(json.dumps(manifest(config, inputs, teacher), indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    return folder
-
-
-def manifest(config: RunConfig, inputs: Inputs, teacher: Teacher | None) -> dict[str, Any]:
-    """What a reader needs to know to run this again: versions, fingerprints, hardware."""
+def manifest(
+    config: RunConfig, inputs: Inputs, teacher: Teacher | None, objective: Objective
+) -> dict[str, Any]:
+    """What a reader needs to know to run this again: versions, fingerprints, hardware, and the objective
+    as it is in force (equal vocabularies change its credit)."""
     packages = (
         "jaxdistill",
         "jax",
@@ -178,6 +166,7 @@ def manifest(config: RunConfig, inputs: Inputs, teacher: Teacher | None) -> dict
         "teacher": None
         if teacher is None
         else {"name": teacher.name, "tokenizer": teacher.tokenizer.fingerprint},
+        "objective": objective.describe(),
         "data": {
             "fingerprint": inputs.prompts.fingerprint,
             "prompts": inputs.prompts.rows,
@@ -191,19 +180,16 @@ def count_parameters(decoder: Decoder) -> int:
 
 
 def plan(config: RunConfig) -> str:
-    """What `--dry-run` prints: everything is read and checked, nothing is written or started."""
+    """What `--dry-run` prints: everything is read and checked, nothing is written, started or asked."""
     inputs = read_inputs(config)
     rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
-    teacher = config.teacher
     return "\n".join(
         [
             dump(config).rstrip(),
             "---",
             f"student: {count_parameters(inputs.decoder):,} parameters, {inputs.tokenizer.vocab_size} token "
             f"ids, end of turn {inputs.tokenizer.roles['end_of_turn']}",
-            "teacher: none"
-            if teacher is None
-            else f"teacher: {teacher.kind} {teacher.model or teacher.endpoint}",
+            "teacher: none" if config.teacher is None else teacher_plan(config.teacher),
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
             f"batch: {rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
@@ -212,6 +198,10 @@ def plan(config: RunConfig) -> str:
     )
 
 
-def _without_length(text: str) -> list[str]:
-    """A resolved config without `run.steps`: a longer run may go on from a shorter one."""
-    return [line for line in text.splitlines() if not line.lstrip().startswith("steps:")]
+def teacher_plan(config: TeacherConfig) -> str:
+    """One line on the configured teacher, after reading the files it needs here."""
+    ids = config.load_tokenizer().vocab_size
+    if config.model is None:
+        return f"teacher: {config.kind} at {', '.join(config.endpoints)} (not asked), {ids} token ids"
+    shape = read_config(Path(config.model))
+    return f"teacher: {config.kind} {config.model}, {shape.num_layers} layers, {ids} token ids"

@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 from jaxdistill.errors import JaxDistillError
 
+INTERRUPTED = 130
 
-def exit_code_of(body: Callable[[], None]) -> int:
+
+def exit_code_of(body: Callable[[], object], *, after_interrupt: str = "") -> int:
     """Run `body`; a deliberate error goes to stderr as one message and gives its exit code.
 
-    0 done, 2 bad config or data, 75 try again later, 130 interrupted, 1 otherwise. Any other exception
-    is a bug of ours and keeps its traceback.
+    0 done, 2 bad config or data, 75 try again later, 130 interrupted (the message ends with
+    `after_interrupt`), 1 otherwise. Any other exception is a bug of ours and keeps its traceback.
     """
     try:
         body()
@@ -18,9 +20,6 @@ def exit_code_of(body: Callable[[], None]) -> int:
         print(f"jaxdistill: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(
-            "jaxdistill: interrupted; run the same command again to go on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 130
+        print(f"jaxdistill: interrupted{after_interrupt}", file=sys.stderr)
+        return INTERRUPTED
     return 0

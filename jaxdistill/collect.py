@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxdistill.batch import Batch
 from jaxdistill.metrics import Stopwatch
 from jaxdistill.packing import pack
-from jaxdistill.parallel.rules import place_batch, row_multiple
+from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.records import Prompt, Rollout, Signal
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, score
@@ -40,7 +40,7 @@ class Collector:
             rollouts = self.sampler.sample(prompts, version)
         scored = None if self.teacher is None else score(self.teacher, rollouts, self.signal, self.stopwatch)
         with self.stopwatch.stage("pack"):
-            rows = -(-len(rollouts) // row_multiple(self.mesh)) * row_multiple(self.mesh)
+            rows = padded_rows(len(rollouts), self.mesh)
             targets = [None] * len(rollouts) if scored is None else scored.targets
             batch = place_batch(pack(rollouts, targets, buckets=self.buckets, rows=rows), self.mesh)
         return Collected(batch, rollouts, scored)

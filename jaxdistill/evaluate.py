@@ -12,7 +12,7 @@ from jaxdistill.batch import Mean
 from jaxdistill.config import StrictConfig
 from jaxdistill.metrics import Sample, Stopwatch
 from jaxdistill.records import Prompt, Rollout
-from jaxdistill.samplers import LocalSampler
+from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, distillation_metrics, response_kl, score
 from jaxdistill.teachers import Teacher
 
@@ -45,32 +45,29 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples, scores and, where rows have answers, marks the held-out prompts."""
+    """Samples, scores and, where rows have answers, marks the held-out prompts, `group` at a time."""
 
     config: EvalConfig
     prompts: Sequence[Prompt]
     teacher: Teacher | None
     steps: int
+    group: int
 
     def due(self, step: int) -> bool:
         return bool(self.prompts) and (step % self.config.every == 0 or step == self.steps)
 
-    def __call__(self, sampler: LocalSampler, version: int) -> Evaluation:
-        rollouts = sampler.sample(self.prompts, version, samples=1)
+    def __call__(self, sampler: Sampler, version: int) -> Evaluation:
+        rollouts: list[Rollout] = []
+        for start in range(0, len(self.prompts), self.group):
+            rollouts += sampler.sample(self.prompts[start : start + self.group], version, samples=1)
         correct = [self._mark(rollout) for rollout in rollouts]
         marked = [mark for mark in correct if mark is not None]
         metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
-        kls: list[float | None] = [None] * len(rollouts)
-        views: list[Mapping[str, Any] | None] = [None] * len(rollouts)
+        scored = None
         if self.teacher is not None:
             scored = score(self.teacher, rollouts, "chunk", Stopwatch())
             metrics |= distillation_metrics(scored)
-            kls, views = per_byte(scored), pieces(scored)
-        samples = [
-            Sample(r.prompt.messages, r.response.text, r.prompt.answer, mark, kl, view)
-            for r, mark, kl, view in zip(rollouts, correct, kls, views, strict=True)
-        ]
-        return Evaluation(metrics, samples)
+        return Evaluation(metrics, samples_of(rollouts, scored, correct))
 
     def _mark(self, rollout: Rollout) -> bool | None:
         """Whether the response is right; None for a row without an answer. A cut response is wrong."""
@@ -80,19 +77,23 @@ class Evaluator:
         return rollout.finished and SCORERS[self.config.scorer](text, rollout.prompt.answer)
 
 
-def per_byte(scored: Scored) -> list[float | None]:
-    """Reverse KL per aligned byte of each response; None where nothing was aligned."""
-    values: list[float | None] = []
-    for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
-        size = a.coverage * len(rollout.response.data)
-        values.append(response_kl(rollout, s, a) / size if size else None)
-    return values
+def samples_of(
+    rollouts: Sequence[Rollout], scored: Scored | None, correct: Sequence[bool | None] | None = None
+) -> list[Sample]:
+    """Rows for the sample table; with a teacher each carries its KL and its cut into chunks."""
+    samples = []
+    for i, rollout in enumerate(rollouts):
+        kl, view = (None, None) if scored is None else _teacher_view(scored, i)
+        mark = None if correct is None else correct[i]
+        prompt = rollout.prompt
+        samples.append(Sample(prompt.messages, rollout.response.text, prompt.answer, mark, kl, view))
+    return samples
 
 
-def pieces(scored: Scored) -> list[Mapping[str, Any] | None]:
-    """Each response cut at its chunks, as `[text, class]`, for the report to colour."""
-    views: list[Mapping[str, Any] | None] = []
-    for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
-        rows = alignment_rows(rollout.response, s.response, a)
-        views.append({"pieces": [["".join(row.student), row.kind] for row in rows if row.student]})
-    return views
+def _teacher_view(scored: Scored, i: int) -> tuple[float | None, Mapping[str, Any]]:
+    """Reverse KL per aligned byte of response i (None: nothing aligned), and its pieces by class."""
+    rollout, s, a = scored.rollouts[i], scored.scores[i], scored.alignments[i]
+    size = a.coverage * len(rollout.response.data)
+    rows = alignment_rows(rollout.response, s.response, a)
+    pieces = [["".join(row.student), row.kind] for row in rows if row.student]
+    return response_kl(rollout, s, a) / size if size else None, {"pieces": pieces}

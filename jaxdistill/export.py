@@ -1,11 +1,12 @@
 """`python -m jaxdistill.export --run DIR [--step N] --out DIR`: a checkpoint as a Hugging Face folder."""
 
 import argparse
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from flax import nnx
 
 from jaxdistill.checkpoint import restore_params
@@ -13,7 +14,9 @@ from jaxdistill.cli import exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.run_config import RunConfig
-from jaxdistill.students import load_decoder, save_decoder
+from jaxdistill.students import Decoder, read_config, save_decoder
+
+PROVENANCE = "jaxdistill.json"  # in every export: which run and step it is, and that it may be replaced
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,22 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(run: Path, step: int | None, out: Path) -> int:
     """Write checkpoint `step` (default: the newest) of `run` to `out`; returns the step.
 
-    Raises `ConfigError` if `run` is no run folder or `out` exists and is not an export, `CheckpointError`
-    if there is no such checkpoint.
+    An earlier export at `out` is replaced once the new one is whole. Raises `ConfigError` if `run` is no
+    run folder, has no such checkpoint, or `out` is anything but an export, `CheckpointError` if the
+    checkpoint cannot be read.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is no run folder: it has no config.yaml")
-    if out.exists() and not (out / "config.json").is_file():
-        raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
+    if out.exists() and not (out / PROVENANCE).is_file():
+        raise ConfigError(f"{out} exists and is no export (no {PROVENANCE}); choose another --out")
     config = load(run / "config.yaml", [], RunConfig)
-    decoder = load_decoder(config.student.path)
-    graphdef, variables = nnx.split(decoder, nnx.Param)
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        nnx.to_pure_dict(variables),
-    )
-    chosen, params = restore_params(run / "checkpoints", step, template)
-    save_decoder(nnx.merge(graphdef, params), out, source=Path(config.student.path))
+    source = Path(config.student.path)
+    shape = read_config(source)
+    blank = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
+    graphdef, variables = nnx.split(blank, nnx.Param)
+    chosen, params = restore_params(run / "checkpoints", step, nnx.to_pure_dict(variables))
+    fresh, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_decoder(nnx.merge(graphdef, params), fresh, source=source)
+    (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
     return chosen
 
 

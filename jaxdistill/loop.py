@@ -11,17 +11,20 @@ from jaxdistill.batch import Batch, Mean
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collected, Collector
 from jaxdistill.data import PromptStream
-from jaxdistill.errors import NonFiniteError, TeacherUnavailable
-from jaxdistill.evaluate import Evaluator
+from jaxdistill.errors import JaxDistillError, NonFiniteError
+from jaxdistill.evaluate import Evaluator, samples_of
 from jaxdistill.metrics import MetricsLog, SampleLog, Stopwatch
-from jaxdistill.samplers import LocalSampler
+from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import distillation_metrics
 from jaxdistill.step import Metrics, TrainState
+
+EXAMPLES = 8  # training responses in the sample table of a run without held-out prompts
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run is made of; built by `assemble`."""
+    """Everything a run is made of; built by `assemble`. `example_every`: how often training responses go
+    into the sample table, None where held-out ones do."""
 
     dir: Path
     steps: int
@@ -29,20 +32,21 @@ class Run:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     learning_rate: Callable[[int], float]
     prompts: PromptStream
-    policy: LocalSampler
+    policy: Sampler
     collect: Collector
     evaluator: Evaluator
     checkpoints: Checkpoints
     metrics: MetricsLog
     samples: SampleLog
+    example_every: int | None
     stopwatch: Stopwatch
 
 
 def train(run: Run) -> TrainState:
     """Train from the newest checkpoint (or the start) to the last step.
 
-    A teacher that is gone for longer than the client waits ends the run with a checkpoint of the step
-    it stopped at; everything else leaves the last periodic one.
+    A teacher that is gone or answers nonsense, or a row that cannot be used, ends the run with a
+    checkpoint of the step it stopped at; everything else leaves the last periodic one.
     """
     state = run.checkpoints.restore_or(run.initial, run.prompts)
     first = int(state.step)
@@ -58,7 +62,7 @@ def train(run: Run) -> TrainState:
             if run.evaluator.due(step):
                 evaluate(run, step)
             collected = run.collect(next(run.prompts), version=step)
-        except TeacherUnavailable:
+        except JaxDistillError:  # the state before the step is sound, whatever the data or teacher did
             run.metrics.flush()
             run.checkpoints.save(step, state, position)
             raise
@@ -67,10 +71,13 @@ def train(run: Run) -> TrainState:
             metrics = jax.device_get(metrics)
         run.policy.push(state.params, version=step + 1)
         run.metrics.log(step, step_values(run, step, collected, metrics))
-    if run.evaluator.due(run.steps):
-        evaluate(run, run.steps)
+        if run.example_every is not None and step % run.example_every == 0:
+            run.samples.log(step, samples_of(collected.rollouts, collected.scored)[:EXAMPLES])
+    # Saved before the last evaluation: a teacher that is gone by then costs no step.
     run.metrics.flush()
     run.checkpoints.save(run.steps, state, run.prompts.state())
+    if run.evaluator.due(run.steps):
+        evaluate(run, run.steps)
     return state
 
 

@@ -27,7 +27,7 @@ class RunSection(StrictConfig):
 
 
 class StudentConfig(StrictConfig):
-    """The model that learns: a folder (or hub id) in Hugging Face format. `roles` overrides which token
+    """The model that learns: a folder in Hugging Face format. `roles` overrides which token
     plays which role, e.g. {end_of_turn: "<|im_end|>"}."""
 
     path: str
@@ -51,17 +51,16 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        if isinstance(self.objective, ReverseKLConfig):
-            if self.teacher is None:
-                raise ValueError(
-                    "objective.kind=reverse_kl needs a teacher: section (or use objective.kind=sft)"
-                )
-            if self.rollout.temperature != 1.0 and self.objective.temperature_mismatch == "refuse":
-                raise ValueError(
-                    f"rollout.temperature={self.rollout.temperature}, but the teacher is always scored at "
-                    "temperature 1, so the KL would compare different things; set it to 1.0, or say "
-                    "objective.temperature_mismatch=allow"
-                )
+        if self.buckets[-1] < self.rollout.max_prompt_tokens + self.rollout.max_new_tokens:
+            raise ValueError(
+                f"shapes.buckets={list(self.buckets)} cannot hold a prompt of rollout.max_prompt_tokens="
+                f"{self.rollout.max_prompt_tokens} with rollout.max_new_tokens={self.rollout.max_new_tokens}"
+            )
+        if self.objective.needs_teacher and self.teacher is None:
+            raise ValueError(
+                f"objective.kind={self.objective.kind} needs a teacher: section (objective.kind=sft does not)"
+            )
+        self.objective.check_temperature(self.rollout.temperature)
         return self
 
     @property

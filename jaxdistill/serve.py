@@ -12,11 +12,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.errors import ConfigError, JaxDistillError
+from jaxdistill.cli import exit_code_of
+from jaxdistill.errors import ConfigError
 
 PARENT_POLL_S = 1.0
 
@@ -26,29 +27,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.exit_with_parent:
         threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
-    try:
+
+    def body() -> None:
         # Whatever can be wrong with the arguments is said before seconds go into jax and the weights.
         folder = _model_folder(options.model)
+        roles = _roles(options.role)
         api_key = _api_key(options.api_key_env)
         with _bind(options.host, options.port) as listener:
-            asyncio.run(_serve(_make_app(folder, options, api_key), listener))
-    except JaxDistillError as error:
-        print(f"jaxdistill.serve: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+            asyncio.run(_serve(_make_app(folder, options, api_key, roles), listener))
+
+    return exit_code_of(body)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxdistill.serve", description="Serve a model folder for scoring.")
+    parser = argparse.ArgumentParser(prog="jaxdistill serve", description="Serve a model folder for scoring.")
     parser.add_argument("--model", required=True, type=Path, help="model folder in Hugging Face format")
     parser.add_argument("--port", required=True, type=int, help="port to listen on; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     parser.add_argument(
-        "--max-batch-tokens", type=_positive, default=8192, help="padded tokens of one device batch"
+        "--max-batch-tokens", type=positive_number, default=8192, help="padded tokens of one device batch"
     )
     parser.add_argument(
-        "--context-length", type=_positive, help="longest input and output together (default: the model's)"
+        "--context-length",
+        type=positive_number,
+        help="longest input and output together (default: the model's)",
+    )
+    parser.add_argument(
+        "--role", action="append", default=[], metavar="NAME=TOKEN", help="which token plays a role"
     )
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="end when stdin is closed or the parent is gone"
@@ -56,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive_number(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -84,6 +90,16 @@ def _model_folder(folder: Path) -> Path:
             "check the path given to --model"
         )
     return folder
+
+
+def _roles(settings: Sequence[str]) -> dict[str, str]:
+    roles = {}
+    for setting in settings:
+        role, _, token = setting.partition("=")
+        if not (role and token):
+            raise ConfigError(f"--role {setting!r} is not NAME=TOKEN, such as end_of_turn=<|end|>")
+        roles[role] = token
+    return roles
 
 
 def _api_key(name: str | None) -> str | None:
@@ -120,13 +136,18 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _make_app(folder: Path, options: argparse.Namespace, api_key: str | None) -> Any:
+def _make_app(
+    folder: Path, options: argparse.Namespace, api_key: str | None, roles: Mapping[str, str]
+) -> Any:
     # Imported here, not above: jax takes seconds to import, and wrong arguments are told before.
     from jaxdistill.serving.app import make_app
     from jaxdistill.serving.model import load_engine
 
     engine, served = load_engine(
-        folder, max_batch_tokens=options.max_batch_tokens, context_length=options.context_length
+        folder,
+        max_batch_tokens=options.max_batch_tokens,
+        context_length=options.context_length,
+        roles=roles,
     )
     return make_app(engine, served, api_key=api_key)
 

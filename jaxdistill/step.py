@@ -15,7 +15,7 @@ from jaxtyping import Array, Int32
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.losses import LossOutput, Objective, evaluate_objective
-from jaxdistill.parallel.rules import param_shardings
+from jaxdistill.parallel.rules import param_shardings, row_shards
 from jaxdistill.students.decoder import Decoder
 
 Metrics = dict[str, Mean]
@@ -54,6 +54,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     state: TrainState,
+    mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that consumes (donates) the state it is given and returns the next one on the same
     devices as `state`, so that no later call meets another layout and compiles again.
@@ -66,7 +67,10 @@ def make_train_step(
 
         def loss(params: Any) -> tuple[Array, LossOutput]:
             decoder = nnx.merge(graphdef, params)
-            out = evaluate_objective(objective, prepared, decoder(batch.tokens), decoder.output_embedding)
+            hidden = decoder(batch.tokens)
+            out = evaluate_objective(
+                objective, prepared, hidden, decoder.output_embedding, row_shards=row_shards(mesh)
+            )
             return jnp.asarray(out.objective.total / out.objective.weight), out
 
         (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)

@@ -5,12 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxdistill.assemble import assemble, plan
 from jaxdistill.cli import exit_code_of
-from jaxdistill.config import load
-from jaxdistill.loop import train
-from jaxdistill.report import write_report
-from jaxdistill.run_config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,17 +17,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args(argv)
+    return exit_code_of(
+        lambda: run(arguments.config, arguments.overrides, dry_run=arguments.dry_run),
+        after_interrupt="; run the same command again to go on from the last checkpoint",
+    )
 
-    def body() -> None:
-        config = load(arguments.config, arguments.overrides, RunConfig)
-        if arguments.dry_run:
-            print(plan(config))
-            return
-        with assemble(config) as run:
-            train(run)
-        print(f"report: {write_report(config.run.dir)}")
 
-    return exit_code_of(body)
+def run(path: Path, overrides: Sequence[str], *, dry_run: bool) -> None:
+    """One run of the config at `path`, with its report at the end, however it ends."""
+    # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
+    from jaxdistill.assemble import assemble, plan
+    from jaxdistill.config import load
+    from jaxdistill.loop import train
+    from jaxdistill.report import write_report
+    from jaxdistill.run_config import RunConfig
+
+    config = load(path, overrides, RunConfig)
+    if dry_run:
+        print(plan(config))
+        return
+    with assemble(config) as assembled:
+        try:
+            train(assembled)
+        finally:
+            assembled.metrics.close()
+            if (config.run.dir / "metrics.jsonl").is_file():
+                print(f"report: {write_report(config.run.dir)}")
 
 
 if __name__ == "__main__":

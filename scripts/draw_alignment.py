@@ -1,4 +1,4 @@
-"""Draw how two tokenizers cut one response: `draw_alignment.py --student DIR --teacher DIR --text T --out SVG`.
+"""Draw how two tokenizers cut one response, as an SVG.
 
 Prints the same picture for the terminal.
 """
@@ -11,7 +11,9 @@ from jaxdistill.text import Tokenizer, concatenate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", required=True, help="folder of the student")
     parser.add_argument("--teacher", required=True, help="folder of the teacher")
     parser.add_argument("--text", required=True, help="a response; both ends of turn are added")

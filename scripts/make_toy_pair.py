@@ -181,6 +181,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("assets/toy"))
+    parser.add_argument("--only", choices=("teacher", "student"), help="make one of the two")
     parser.add_argument("--teacher-steps", type=int, default=900)
     parser.add_argument("--student-steps", type=int, default=900)
     arguments = parser.parse_args()
@@ -194,6 +195,8 @@ def main() -> None:
     write_rows(out / "heldout.jsonl", heldout)
     with tempfile.TemporaryDirectory() as scratch:
         for name, steps in (("teacher", arguments.teacher_steps), ("student", arguments.student_steps)):
+            if arguments.only not in (None, name):
+                continue
             work = Path(scratch) / name
             work.mkdir()
             rows = list(

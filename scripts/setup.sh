@@ -8,6 +8,7 @@
 # $PYTHON names the interpreter to try first. JAXDISTILL_SYSTEM_ROOT stands before /usr/local, /opt and
 # the like, so that the search can be tested on a machine that has a Python there.
 set -euo pipefail
+unset CDPATH # with it, cd prints where it went
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV="$ROOT/.venv"
@@ -140,7 +141,8 @@ main() {
     need_python
     return
   fi
-  # Two calls at once must not install over each other. The lock is on the folder, so no file is left.
+  # Where there is flock (Linux), two calls at once do not install over each other. The lock is on the
+  # folder, so no file is left.
   exec 9<"$ROOT"
   if command -v flock >/dev/null 2>&1; then flock 9; fi
   state=$("$VENV/bin/python" -I -c "$EXAMINE" "$ROOT" 2>/dev/null || echo broken)

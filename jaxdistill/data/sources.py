@@ -8,6 +8,7 @@ from typing import Any
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.records import Prompt
 
+_CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _ROW = 'a row is an object like {"messages": [{"role": "user", "content": "..."}], "answer": "..."}'
 
 
@@ -60,10 +61,7 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where} has no 'messages' list; {_ROW}")
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"{where}: a message is {message!r:.80}; expected an object with 'role' and 'content'"
-            )
+        _check_message(message, where)
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{where} ends with the assistant's turn; a prompt ends before it "
@@ -76,3 +74,20 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
             raise DataError(f"{where}: {name!r} is {value!r:.80}; expected a string")
         fields[name] = value
     return Prompt(messages=messages, index=index, source=str(row.get("source") or stem), **fields)
+
+
+def _check_message(message: Any, where: str) -> None:
+    """A template prints whatever it is given, None included: what is no message is refused here."""
+    if not isinstance(message, Mapping) or message.get("role") not in _CHAT_ROLES:
+        raise DataError(
+            f"{where}: a message is {message!r:.80}; expected an object with 'content' and a 'role' of "
+            f"{', '.join(_CHAT_ROLES)}"
+        )
+    content = message.get("content")
+    parts = isinstance(content, list) and all(isinstance(p, Mapping) and "type" in p for p in content)
+    calls_only = content is None and bool(message.get("tool_calls"))
+    if not (isinstance(content, str) or (parts and content) or calls_only):
+        raise DataError(
+            f"{where}: the content of a {message['role']} message is {content!r:.80}; expected a string, or "
+            "a list of parts with a 'type' each"
+        )

@@ -4,14 +4,16 @@ Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxdistill.batch import Batch, Mean
-from jaxdistill.losses.head import Sums, tile_objective
+from jaxdistill.config import StrictConfig
+from jaxdistill.losses.head import Sums, tile_length, tile_objective
+from jaxdistill.records import Signal
 
 
 @jax.tree_util.register_dataclass
@@ -37,16 +39,31 @@ class LossOutput:
     metrics: dict[str, Mean]
 
 
+class ObjectiveSettings(StrictConfig):
+    """What the rest of a run asks an objective's config.
+
+    `needs_teacher`: rows must be scored. `on_policy`: responses are sampled, else they are the data's
+    references. `signal`: which chunks carry the teacher's signal.
+    """
+
+    needs_teacher: ClassVar[bool]
+    on_policy: ClassVar[bool]
+    signal: Signal = "chunk"
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise `ValueError` if the objective means nothing for rows sampled at `temperature`."""
+
+
 @runtime_checkable
 class Objective(Protocol):
     """An objective that is a sum over tokens with weights known beforehand.
 
     `prepare` sees the whole batch; `tile` sees float32 logits [B, C, V] of some positions with their
-    slice of the targets and returns the sum to minimise and the sums of metrics by name.
+    slice of the targets and returns the sum to minimise and the sums of metrics by name; `describe`
+    says what is in force, for the manifest.
     """
 
-    @property
-    def needs_teacher(self) -> bool: ...
+    def describe(self) -> dict[str, str]: ...
 
     def prepare(self, batch: Batch) -> Prepared: ...
 
@@ -54,11 +71,19 @@ class Objective(Protocol):
 
 
 def evaluate_objective(
-    objective: Objective, prepared: Prepared, hidden: Float[Array, "B T D"], embedding: Float[Array, "V D"]
+    objective: Objective,
+    prepared: Prepared,
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    *,
+    row_shards: int = 1,
 ) -> LossOutput:
-    """Run `objective` through the tiled head; differentiable in `hidden` and `embedding`."""
-    total, sums = tile_objective(objective.tile, hidden, embedding, prepared.targets)
-    weight = jnp.maximum(prepared.weight, 1.0)
+    """Run `objective` through the tiled head; differentiable in `hidden` and `embedding`. `row_shards`
+    is over how many devices the rows are split: a tile is sized for the rows of one."""
+    rows, length = hidden.shape[:2]
+    width = tile_length(-(-rows // row_shards), length, embedding.shape[0])
+    total, sums = tile_objective(objective.tile, width, hidden, embedding, prepared.targets)
+    weight = jnp.where(prepared.weight > 0, prepared.weight, 1.0)  # an empty batch is zero, not NaN
     metrics = {name: Mean(value, prepared.weight) for name, value in sums.items()}
     return LossOutput(Mean(total, weight), metrics | prepared.metrics)
 

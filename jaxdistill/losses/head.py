@@ -20,33 +20,37 @@ Targets = Any  # a pytree of arrays [B, T, ...], constant under differentiation
 Sums = dict[str, Float32[Array, ""]]
 TileObjective = Callable[[Float32[Array, "B C V"], Targets], tuple[Float32[Array, ""], Sums]]
 
-TILE_LOGITS = 2**24  # logits in a tile over all devices' rows: 64 MiB in float32
+TILE_LOGITS = 2**24  # logits of a tile on one device: 64 MiB in float32
 
 
 def tile_length(rows: int, length: int, vocab: int) -> int:
-    """The longest tile that divides `length` and holds at most `TILE_LOGITS` logits (at least 1)."""
-    most = max(1, TILE_LOGITS // (rows * vocab))
-    return max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
+    """How many positions a tile holds: at most `TILE_LOGITS` logits for `rows` rows on one device, and
+    the tiles of a length about equally long (at least 1)."""
+    most = max(1, min(length, TILE_LOGITS // (rows * vocab)))
+    tiles = -(-length // most)
+    return -(-length // tiles)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def tile_objective(
     objective: TileObjective,
+    width: int,
     hidden: Float[Array, "B T D"],
     embedding: Float[Array, "V D"],
     targets: Targets,
 ) -> tuple[Float32[Array, ""], Sums]:
     """Sum `objective(logits, targets)` over the tiles; differentiable in `hidden` and `embedding`.
 
-    `objective` must be a sum over positions with everything else known beforehand: it sees one tile's
-    float32 logits and the tile's slice of `targets`. Returns the total and the sums of its metrics,
+    `objective` must be a sum over positions with everything else known beforehand: it sees the float32
+    logits of a tile of `width` positions and the tile's slice of `targets`. A last tile that is not full
+    is filled up with zeros, and zero targets must add nothing. Returns the total and the sums of its metrics,
     which carry no gradient.
     """
     step = lambda carry, tile: (  # noqa: E731
         jax.tree.map(jnp.add, carry, objective(_logits(tile[0], embedding), tile[1])),
         None,
     )
-    tiles = _tiles(hidden, targets, embedding.shape[0])
+    tiles = _tiles(hidden, targets, width)
     zero = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(
@@ -57,7 +61,7 @@ def tile_objective(
 
 
 def _forward(
-    objective: TileObjective, hidden: Array, embedding: Array, targets: Targets
+    objective: TileObjective, width: int, hidden: Array, embedding: Array, targets: Targets
 ) -> tuple[tuple[Array, Sums], tuple[Array, Array, Targets]]:
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
@@ -69,14 +73,17 @@ def _forward(
         d_embedding += jnp.einsum("bcv,bcd->vd", d_logits, h, preferred_element_type=jnp.float32)
         return d_embedding, (d_h, value)
 
-    tiles = _tiles(hidden, targets, embedding.shape[0])
+    tiles = _tiles(hidden, targets, width)
     d_embedding, (d_hidden, values) = jax.lax.scan(step, jnp.zeros(embedding.shape, jnp.float32), tiles)
     totals = jax.tree.map(lambda leaf: leaf.sum(axis=0), values)
-    return totals, (_untile(d_hidden), d_embedding.astype(embedding.dtype), targets)
+    return totals, (_untile(d_hidden, hidden.shape[1]), d_embedding.astype(embedding.dtype), targets)
 
 
 def _backward(
-    objective: TileObjective, residuals: tuple[Array, Array, Targets], cotangents: tuple[Array, Sums]
+    objective: TileObjective,
+    width: int,
+    residuals: tuple[Array, Array, Targets],
+    cotangents: tuple[Array, Sums],
 ) -> tuple[Array, Array, None]:
     d_hidden, d_embedding, _ = residuals
     scale = cotangents[0]
@@ -117,26 +124,29 @@ def row_statistics(
             jnp.take_along_axis(logprobs, chosen[:, None, :], axis=-1),
         )
 
-    _, stacked = jax.lax.scan(tile, None, _tiles(hidden, tokens, embedding.shape[0]))
-    return jax.tree.map(_untile, stacked)
+    rows, length = tokens.shape
+    width = tile_length(rows, length, embedding.shape[0])
+    _, stacked = jax.lax.scan(tile, None, _tiles(hidden, tokens, width))
+    return jax.tree.map(lambda x: _untile(x, length), stacked)
 
 
 def _logits(h: Float[Array, "B C D"], embedding: Float[Array, "V D"]) -> Float32[Array, "B C V"]:
     return jnp.einsum("bcd,vd->bcv", h, embedding, preferred_element_type=jnp.float32)
 
 
-def _tiles(hidden: Array, targets: Targets, vocab: int) -> tuple[Array, Targets]:
-    """[B, T, ...] -> [T/C, B, C, ...], ready to scan over."""
+def _tiles(hidden: Array, targets: Targets, width: int) -> tuple[Array, Targets]:
+    """[B, T, ...] -> [T/C, B, C, ...], ready to scan over; T is filled up with zeros to whole tiles."""
     rows, length = hidden.shape[:2]
-    width = tile_length(rows, length, vocab)
+    tiles = -(-length // width)
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(rows, length // width, width, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, tiles * width - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, tiles, width, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(split, (hidden, targets))
 
 
-def _untile(x: Array) -> Array:
+def _untile(x: Array, length: int) -> Array:
     """[T/C, B, C, ...] -> [B, T, ...]."""
     tiles, rows, width = x.shape[:3]
-    return jnp.moveaxis(x, 0, 1).reshape(rows, tiles * width, *x.shape[3:])
+    return jnp.moveaxis(x, 0, 1).reshape(rows, tiles * width, *x.shape[3:])[:, :length]

@@ -10,50 +10,73 @@ Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 from pydantic import Field
 
 from jaxdistill.batch import Batch, Mean
-from jaxdistill.config import StrictConfig
-from jaxdistill.losses.base import Prepared, masked_sum, predicted, token_logprobs
+from jaxdistill.losses.base import ObjectiveSettings, Prepared, masked_sum, predicted, token_logprobs
+from jaxdistill.losses.baseline import Baseline, baseline_values
 from jaxdistill.losses.credit import Credit, token_advantages
 from jaxdistill.losses.head import Sums
-from jaxdistill.records import Signal
 
 
-class ReverseKLConfig(StrictConfig):
+class ReverseKLConfig(ObjectiveSettings):
     """Settings of `objective.kind: reverse_kl`.
 
     `signal: exact` keeps one-to-one chunks alone; `clip` bounds a chunk's difference in nats;
-    `normalize` divides the advantages by their root mean square over the batch; `baseline: batch`
-    subtracts their mean first; `ratio_clip` is PPO's epsilon.
+    `baseline` (see `baseline_values`) is subtracted first; `normalize` divides the advantages by their
+    root mean square over the batch; `ratio_clip` is PPO's epsilon.
     """
+
+    needs_teacher: ClassVar[bool] = True
+    on_policy: ClassVar[bool] = True
 
     kind: Literal["reverse_kl"] = "reverse_kl"
     credit: Credit = "lookahead"
-    signal: Signal = "chunk"
     coefficient: float = Field(default=1.0, gt=0)
     clip: float = Field(default=10.0, gt=0)
     normalize: bool = True
-    baseline: Literal["none", "batch"] = "none"
+    baseline: Baseline = "siblings"
     ratio_clip: float = Field(default=0.2, gt=0)
     temperature_mismatch: Literal["refuse", "allow"] = "refuse"
+
+    def check_temperature(self, temperature: float) -> None:
+        if temperature != 1.0 and self.temperature_mismatch == "refuse":
+            raise ValueError(
+                f"rollout.temperature={temperature}, but the teacher is always scored at temperature 1, so "
+                "the KL would compare different things; set it to 1.0, or say "
+                "objective.temperature_mismatch=allow"
+            )
 
 
 @dataclass(frozen=True)
 class ReverseKL:
-    """The objective; see the module's text."""
+    """The objective; see the module's text.
+
+    With `same_vocabulary` every chunk is one token and its border is nobody's work, so `lookahead` has
+    nothing to correct: the credit in force is the textbook `broadcast`.
+    """
 
     config: ReverseKLConfig
-    needs_teacher: bool = True
+    same_vocabulary: bool = False
+
+    @property
+    def credit(self) -> Credit:
+        """The rule in force."""
+        if self.same_vocabulary and self.config.credit == "lookahead":
+            return "broadcast"
+        return self.config.credit
+
+    def describe(self) -> dict[str, str]:
+        return {"kind": self.config.kind, "signal": self.config.signal, "credit": self.credit}
 
     def prepare(self, batch: Batch) -> Prepared:
         c = self.config
         advantage, mask = token_advantages(
-            c.credit,
+            self.credit,
             chunk_of_token=batch.chunk_of_token,
             teacher_logprob=batch.teacher_logprob,
             student_logprobs=batch.behavior_logprobs,
@@ -65,8 +88,7 @@ class ReverseKL:
         weight = masked_sum(jnp.broadcast_to(row_weight, mask.shape), mask)
         safe = jnp.maximum(weight, 1.0)
         mean = masked_sum(advantage * row_weight, mask)
-        if c.baseline == "batch":
-            advantage = advantage - mean / safe
+        advantage = advantage - baseline_values(c.baseline, advantage, mask, batch.tokens, row_weight)
         square = masked_sum(jnp.square(advantage) * row_weight, mask)
         metrics = {"advantage_mean": Mean(mean, weight), "advantage_square": Mean(square, weight)}
         if c.normalize:

@@ -5,19 +5,21 @@ Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from jaxdistill.batch import Batch
-from jaxdistill.config import StrictConfig
-from jaxdistill.losses.base import Prepared, masked_sum, predicted, token_logprobs
+from jaxdistill.losses.base import ObjectiveSettings, Prepared, masked_sum, predicted, token_logprobs
 from jaxdistill.losses.head import Sums
 
 
-class SFTConfig(StrictConfig):
+class SFTConfig(ObjectiveSettings):
     """`objective.kind: sft` trains on each prompt's `response`; it needs no teacher."""
+
+    needs_teacher: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
 
     kind: Literal["sft"] = "sft"
 
@@ -27,7 +29,10 @@ class SFT:
     """Mean negative log-likelihood per response token, in nats."""
 
     config: SFTConfig
-    needs_teacher: bool = False
+    same_vocabulary: bool = False
+
+    def describe(self) -> dict[str, str]:
+        return {"kind": self.config.kind}
 
     def prepare(self, batch: Batch) -> Prepared:
         row_weight = jnp.broadcast_to(batch.weight[:, None], batch.tokens.shape)

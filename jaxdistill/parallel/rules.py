@@ -64,6 +64,12 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def row_multiple(mesh: Mesh) -> int:
-    """What this process's number of rows must be a multiple of."""
-    return max(1, mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count())
+def row_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def padded_rows(rows: int, mesh: Mesh) -> int:
+    """`rows` rounded up to what this process's devices can share evenly."""
+    multiple = max(1, row_shards(mesh) // jax.process_count())
+    return -(-rows // multiple) * multiple

@@ -5,23 +5,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxdistill.errors import JaxDistillError
+from jaxdistill.cli import exit_code_of
 from jaxdistill.report.build import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, writes the report, and returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxdistill.report", description="Write report.html of a run folder."
+        prog="jaxdistill report", description="Write report.html of a run folder."
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
     arguments = parser.parse_args(argv)
-    try:
-        print(write_report(arguments.run))
-    except JaxDistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: print(write_report(arguments.run)))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ class RolloutConfig(StrictConfig):
 @runtime_checkable
 class Sampler(Protocol):
     """`sample` returns the responses of each prompt in the prompts' order, all samples of one prompt
-    together; `push` hands over new weights before the next call."""
+    together, `samples` of each (default: the config's number); `push` hands over new weights before the
+    next call."""
 
-    def sample(self, prompts: Sequence[Prompt], version: int) -> list[Rollout]: ...
+    def sample(
+        self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None
+    ) -> list[Rollout]: ...
 
     def push(self, params: Any, version: int) -> None: ...
 

@@ -4,6 +4,7 @@ Letters: P prompts, N samples of each, B = P*N rows (all samples of a prompt tog
 prompt length, M most new tokens, S = T + M cache slots, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32, Key, Shaped
 
-from jaxdistill.parallel.rules import place_batch, row_multiple
+from jaxdistill.errors import StaleRolloutError
+from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers.base import RolloutConfig, render_prompt
 from jaxdistill.students.decoder import Decoder
@@ -150,26 +152,31 @@ class LocalSampler:
         version: int,
         *,
         samples: int | None = None,
-        temperature: float | None = None,
     ) -> list[Rollout]:
-        """Respond to each prompt `samples` times (default: the config's), with weights `version`."""
+        """Respond to each prompt `samples` times (default: the config's), with weights `version`.
+
+        Raises `StaleRolloutError` if those are not the weights that were pushed last.
+        """
         if version != self._version:
-            raise ValueError(f"asked for policy version {version}, but version {self._version} was pushed")
+            raise StaleRolloutError(
+                f"asked for samples of policy version {version}, but version {self._version} was pushed last"
+            )
         samples = self.config.samples_per_prompt if samples is None else samples
-        temperature = self.config.temperature if temperature is None else temperature
         prompt_ids = [render_prompt(self.tokenizer, prompt, self.config) for prompt in prompts]
-        rows = -(-len(prompts) // row_multiple(self.mesh)) * row_multiple(self.mesh)
+        rows = padded_rows(len(prompts), self.mesh)
         tokens = np.zeros((rows, self.config.max_prompt_tokens), np.int32)
         lengths = np.ones(rows, np.int32)  # padding rows read one token
         seeds = np.zeros((rows, 3), np.uint32)
+        seen: Counter[int] = Counter()  # a prompt that comes twice in one call draws other samples
         for row, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-            seeds[row] = self.seed, version, prompt.index
+            seeds[row] = self.seed + seen[prompt.index], version, prompt.index
+            seen[prompt.index] += 1
         out: Generated = jax.device_get(
             self._generate(
                 self._params,
                 *place_batch((tokens, lengths, seeds), self.mesh),
-                np.float32(temperature),
+                np.float32(self.config.temperature),
                 samples=samples,
             )
         )

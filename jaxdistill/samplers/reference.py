@@ -18,7 +18,8 @@ class ReferenceSampler:
         self.tokenizer = tokenizer
         self.config = config
 
-    def sample(self, prompts: Sequence[Prompt], version: int) -> list[Rollout]:
+    def sample(self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None) -> list[Rollout]:
+        """The reference of each prompt, once: a second sample would be the same one."""
         return [self._rollout(prompt, version) for prompt in prompts]
 
     def push(self, params: Any, version: int) -> None:

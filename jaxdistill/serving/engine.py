@@ -211,7 +211,9 @@ def _row_count(rows: int, limit: int) -> int:
 
 
 def _padded(length: int) -> int:
-    return _power_of_two(max(length, SHORTEST))
+    """Four lengths an octave: at most a quarter of a batch is padding, and programs stay few."""
+    step = max(SHORTEST, _power_of_two(length) // 4)
+    return -(-length // step) * step
 
 
 def _power_of_two(number: int) -> int:

@@ -1,7 +1,7 @@
 """A model folder -> the engine and what the server shows of it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from jaxdistill.text import Tokenizer
 
 
 def load_engine(
-    folder: Path, *, max_batch_tokens: int, context_length: int | None
+    folder: Path,
+    *,
+    max_batch_tokens: int,
+    context_length: int | None,
+    roles: Mapping[str, str] | None = None,
 ) -> tuple[DecoderEngine, Served]:
     """Load weights and, where the folder has one, the tokenizer (for the text of generated tokens and
     the tokens that end a turn). Raises `ConfigError` for a folder that cannot be served."""
     decoder = load_decoder(folder)
     config = _read_json(folder / "config.json")
-    tokenizer = Tokenizer.load(str(folder)) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = Tokenizer.load(str(folder), roles=roles) if (folder / "tokenizer.json").is_file() else None
     stop_ids = tokenizer.stop_ids if tokenizer else _configured_ends(folder, config)
 
     def text(ids: np.ndarray) -> str:

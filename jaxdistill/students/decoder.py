@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxdistill.students.families import DecoderConfig
@@ -59,12 +60,21 @@ class Decoder(nnx.Module):
     """Token ids in, final-normed hidden states out; the vocabulary product is left to the head.
 
     Rows are right-padded and attention is causal, so padding never reaches a real position and needs
-    no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in.
+    no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in, and
+    `activation_sharding` where rows of activations [B, T, D] lie.
     """
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, compute_dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        compute_dtype: Any = jnp.float32,
+        activation_sharding: NamedSharding | None = None,
+    ):
         self.config = config
         self.compute_dtype = compute_dtype
+        self.activation_sharding = activation_sharding
         table = (config.vocab_size, config.hidden_size)
         scale = config.hidden_size**-0.5
         self.embedding = nnx.Param(
@@ -91,7 +101,7 @@ class Decoder(nnx.Module):
         @jax.checkpoint
         def layer(x: Array, params: LayerParams) -> tuple[Array, None]:
             x, _, _ = _layer(self.config, params, x, rope, _causal_attention)
-            return x, None
+            return self._rows(x), None
 
         x, _ = jax.lax.scan(layer, self._embed(tokens), self._layer_params())
         return _rms_norm(x, self.final_norm[...], self.config.norm_eps)
@@ -106,7 +116,7 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, params: LayerParams) -> tuple[Array, tuple[Array, Array]]:
             x, key, value = _layer(self.config, params, x, rope, _causal_attention)
-            return x, (key, value)
+            return self._rows(x), (key, value)
 
         x, (keys, values) = jax.lax.scan(layer, self._embed(tokens), self._layer_params())
         room = [(0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0)]
@@ -148,7 +158,16 @@ class Decoder(nnx.Module):
         return hidden, Cache(tuple(keys), tuple(values))
 
     def _embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[...].astype(self.compute_dtype)[tokens]
+        # Rows are taken in float32 and cast after: the other order adds up the gradients of a frequent
+        # token in bfloat16, where a sum stops growing at 256 ones.
+        return self._rows(self.embedding[...][tokens].astype(self.compute_dtype))
+
+    def _rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Keep rows where the mesh puts them. Without it the compiler follows the embedding's sharding
+        instead, and every device of an `fsdp` mesh computes attention and logits for all rows."""
+        if self.activation_sharding is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.activation_sharding)
 
     def _layer_params(self) -> LayerParams:
         """The stacked arrays; matrices in the compute dtype, norms in float32."""

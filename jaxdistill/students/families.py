@@ -59,9 +59,11 @@ def read_config(folder: Path) -> DecoderConfig:
             f"no model at {folder}: expected a folder with config.json, model*.safetensors and tokenizer.json"
         )
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        raw: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not even UTF-8
         raise ConfigError(f"{path} is not JSON ({error}); download or export the model again") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected an object; download it again")
     family = str(raw.get("model_type"))
     if family not in FAMILIES:
         raise ConfigError(
@@ -89,6 +91,8 @@ def read_config(folder: Path) -> DecoderConfig:
         )
     except KeyError as error:
         raise ConfigError(f"{path}: field {error.args[0]!r} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: a size in it is not a number ({error})") from error
 
 
 def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.parallel.rules import place_params
+from jaxdistill.parallel.rules import place_params, rows_sharding
 from jaxdistill.students.decoder import Decoder
 from jaxdistill.students.families import DecoderConfig, read_config
 
@@ -41,15 +41,8 @@ _TOP_TENSORS = {
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-# Everything in a model folder that is neither weights nor made anew on export.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+# Files of a model folder that hold weights; all else (config, tokenizer, templates) goes with an export.
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
 def load_decoder(path: str | Path, *, mesh: Mesh | None = None, compute_dtype: Any = jnp.float32) -> Decoder:
@@ -60,36 +53,45 @@ def load_decoder(path: str | Path, *, mesh: Mesh | None = None, compute_dtype: A
     """
     folder = Path(path)
     config = read_config(folder)
-    graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype)), nnx.Param
-    )[:2]
+    activations = None if mesh is None else rows_sharding(mesh, 3)
+
+    def blank() -> Decoder:
+        return Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype, activation_sharding=activations)
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(blank), nnx.Param)
     params = _read_params(folder, config, nnx.to_pure_dict(abstract))
     return nnx.merge(graphdef, place_params(params, abstract, mesh))
 
 
 def save_decoder(decoder: Decoder, path: Path, *, source: Path) -> None:
-    """Write `decoder` as a Hugging Face folder: float32 safetensors, and config, tokenizer and
-    template copied from `source`, the folder it was loaded from. `path` appears only when complete.
+    """Write `decoder` as the new Hugging Face folder `path`: float32 safetensors, and config, tokenizer
+    and template copied from `source`, the folder it was loaded from. `path` appears only when complete.
+
+    Raises `ConfigError` if `path` exists or cannot be written.
     """
+    if path.exists():
+        raise ConfigError(f"{path} exists already; choose a new folder for the model")
     params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
     tensors = {
         name: np.ascontiguousarray(jax.device_get(leaf), dtype=np.float32)
         for name, leaf in _to_checkpoint(params, decoder.config)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name in _COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
-    _write_config(partial / "config.json")
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    # safetensors makes files only their owner can read; an export is as readable as its config.
-    (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for file in source.iterdir():
+            if file.is_file() and not file.name.endswith(_WEIGHTS):
+                shutil.copyfile(file, partial / file.name)
+        _write_config(partial / "config.json")
+        weights = partial / "model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        # safetensors makes files only their owner can read; an export is as readable as its config.
+        weights.chmod((partial / "config.json").stat().st_mode)
+        partial.rename(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def _write_config(path: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +43,7 @@ class EmbeddedTeacher:
             )
         self.name = config.name
         self.tokenizer = config.load_tokenizer() if tokenizer is None else tokenizer
-        self._server = _Server(config.model)
+        self._server = _Server(config.model, config.roles)
         with ExitStack() as undo:
             undo.callback(self._server.stop)
             endpoint = self._server.wait(config.start_timeout_s)
@@ -82,12 +82,13 @@ class EmbeddedTeacher:
 class _Server:
     """The child process, its log, and its end."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, roles: Mapping[str, str]):
         self.model = model
         # A file and not a pipe: nobody has to read it for the child to go on. O_APPEND keeps the
         # child's place in it apart from ours.
         self._log: IO[bytes] = tempfile.TemporaryFile(mode="ab+")  # noqa: SIM115 (closed by stop)
         command = [sys.executable, "-m", "jaxdistill.serve", "--model", model, "--port", "0"]
+        command += [f"--role={role}={token}" for role, token in roles.items()]
         self.process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--exit-with-parent"],
             stdin=subprocess.PIPE,

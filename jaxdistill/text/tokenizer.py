@@ -72,6 +72,9 @@ class Tokenizer:
         self._table = build_table(files.document, family, self.vocab_size, self.control)
         # An id without bytes says nothing about the text: it must not be taken for content.
         self._role_of_id = np.where(self._table.lengths == 0, OTHER_SPECIAL, 0).astype(np.int8)
+        # Whichever id a model stops with (many have two), it ends the turn: the teacher's token for that
+        # role answers it, else stopping by the other id would cost nothing.
+        self._role_of_id[list(self.stop_ids)] = ROLES["end_of_turn"]
         for role, index in self.roles.items():
             self._role_of_id[index] = ROLES[role]
         self._content = ContentEncoder(files.document, self._table, self._role_of_id != 0, files.where)

@@ -13,6 +13,7 @@ from jaxdistill.batch import Batch
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.parallel import MeshConfig, make_mesh, place_batch, place_params
+from jaxdistill.parallel.rules import rows_sharding
 from jaxdistill.samplers import generate
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import Decoder, DecoderConfig
@@ -65,12 +66,13 @@ def main(sizes: str, out: str) -> None:
     data, fsdp, tensor = (int(size) for size in sizes.split(","))
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     graphdef, variables = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)), nnx.Param)
+    graphdef = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0), activation_sharding=rows_sharding(mesh, 3)))[0]
     decoder = nnx.merge(graphdef, place_params(nnx.to_pure_dict(variables), variables, mesh))
     # A large epsilon: Adam turns rounding of a zero gradient into a full step, which is not the
     # sharding's doing.
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3), 10)
     state = initial_state(decoder, optimizer, mesh)
-    step = make_train_step(graphdef, ReverseKL(ReverseKLConfig()), optimizer, state)
+    step = make_train_step(graphdef, ReverseKL(ReverseKLConfig()), optimizer, state, mesh)
     losses = []
     for number in range(3):
         state, metrics = step(state, place_batch(make_batch(number), mesh))

@@ -18,9 +18,10 @@ ROWS, LENGTH, HIDDEN, VOCAB = 4, 10, 6, 20
 CASES = [
     *(ReverseKL(ReverseKLConfig(credit=c)) for c in ("lookahead", "broadcast", "uniform", "proportional")),
     ReverseKL(ReverseKLConfig(baseline="batch", normalize=False)),
+    ReverseKL(ReverseKLConfig(baseline="none")),
     SFT(SFTConfig()),
 ]
-IDS = ["lookahead", "broadcast", "uniform", "proportional", "baseline", "sft"]
+IDS = ["lookahead", "broadcast", "uniform", "proportional", "batch baseline", "no baseline", "sft"]
 
 
 def make_batch(seed: int = 0, length: int = LENGTH) -> Batch:
@@ -127,7 +128,9 @@ def test_an_empty_batch_gives_zero_not_nan(objective):
 def test_the_unaligned_tokens_alone_are_left_out():
     """Chunks set to `exact` elsewhere arrive as a smaller mask: the rest of the row still trains."""
     # A wide ratio clip: a token whose ratio is clipped rightly gets no gradient.
-    objective = ReverseKL(ReverseKLConfig(credit="broadcast", normalize=False, ratio_clip=1e9))
+    objective = ReverseKL(
+        ReverseKLConfig(credit="broadcast", baseline="none", normalize=False, ratio_clip=1e9)
+    )
     batch, (hidden, embedding) = make_batch(), weights()
     _, (d_hidden, _) = loss_and_gradient(objective, on_device(batch), hidden, embedding)
     moved = np.abs(np.asarray(d_hidden)).sum(-1) > 0
@@ -138,7 +141,7 @@ def test_the_unaligned_tokens_alone_are_left_out():
 def test_reverse_kl_value_on_fresh_rows():
     """With behaviour logprobs equal to the model's own the ratio is 1: the objective is the mean of
     minus the advantage, and its gradient that of -A log p."""
-    objective = ReverseKL(ReverseKLConfig(credit="broadcast", normalize=False))
+    objective = ReverseKL(ReverseKLConfig(credit="broadcast", baseline="none", normalize=False))
     batch, (hidden, embedding) = make_batch(), weights()
     logprobs = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, embedding))
     own = np.zeros((ROWS, LENGTH), np.float32)

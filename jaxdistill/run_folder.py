@@ -1,0 +1,106 @@
+"""The folder of one run: whose it is, that only one process writes it, and which config it belongs to."""
+
+import fcntl
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.metrics import write_atomically
+
+logger = logging.getLogger(__name__)
+
+# Settings that may change between two parts of a run, because no number of it depends on them: where
+# things are, how patiently a teacher is asked, how often something is written.
+_FREE = (
+    "run.dir",
+    "run.tensorboard",
+    "checkpoint.",
+    "teacher.endpoint",
+    "teacher.api_key_env",
+    "teacher.attempts",
+    "teacher.backoff",
+    "teacher.max_concurrency",
+    "teacher.request_timeout_s",
+    "teacher.start_timeout_s",
+)
+
+
+@contextmanager
+def open_run_folder(folder: Path, resolved: str, steps: int) -> Iterator[Path]:
+    """Take `folder` for a run with the config `resolved` (YAML) that ends at `steps`.
+
+    Until the context ends no other process can take it. A new folder is made; one whose run has begun
+    must be of the same config, but for settings no number depends on. Raises `ConfigError` for a folder
+    of something else, in use, of another config (the differing keys are named), already beyond `steps`,
+    or not writable; in all those cases nothing in it was changed.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"run.dir={folder} is not empty and holds no run (no config.yaml); choose another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("a") as lock:
+            _take(lock, folder)
+            _check(folder, resolved, steps)
+            write_atomically(folder / "config.yaml", resolved.encode())
+            yield folder
+    except OSError as error:
+        if error.filename is None or not str(error.filename).startswith(str(folder)):
+            raise
+        raise ConfigError(
+            f"run.dir={folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _take(lock: Any, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"run.dir={folder} is being written by another process; wait for it, or use another run.dir"
+        ) from error
+
+
+def _check(folder: Path, resolved: str, steps: int) -> None:
+    metrics = folder / "metrics.jsonl"
+    saved = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+    if not saved and not (metrics.is_file() and metrics.stat().st_size):
+        return  # it never began, so whatever config stands there binds nobody
+    old = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
+    new = _flat(yaml.safe_load(resolved))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    bound = [k for k in changed if k != "run.steps" and not k.startswith(_FREE)]
+    if bound:
+        said = "; ".join(f"{k}: {old.get(k, 'not set')} there, {new.get(k, 'not set')} now" for k in bound)
+        raise ConfigError(
+            f"run.dir={folder} holds a run with another config ({said}); "
+            "use another run.dir, or remove the folder to start anew"
+        )
+    if max(saved, default=0) > steps:
+        raise ConfigError(
+            f"run.dir={folder} is at step {max(saved)}, beyond run.steps={steps}; raise run.steps, or use "
+            "another run.dir"
+        )
+    if "run.steps" in changed and new.get("optimizer.schedule") == "cosine":
+        logger.warning(
+            "run.steps was %s and is %s: the cosine schedule now ends at the new last step",
+            old.get("run.steps"),
+            steps,
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """{a: {b: 1}} -> {"a.b": 1}."""
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {
+        key: value
+        for name, inner in node.items()
+        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -1,0 +1,133 @@
+"""The path end to end: what a run leaves behind, how it resumes, and what its result is good for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from .conftest import ROOT, command, environment, rows
+
+# What differs between two runs of the same thing: clocks.
+CLOCKS = ("seconds/", "tokens_per_second", "elapsed_seconds")
+
+
+def without_clocks(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith(CLOCKS)}
+
+
+def test_a_run_leaves_everything_the_design_names(finished):
+    assert {p.name for p in finished.iterdir()} >= {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "checkpoints",
+        "tb",
+    }
+    table = rows(finished)
+    assert [row["step"] for row in table] == list(range(7))
+    for row in table[:-1]:
+        assert np.isfinite(
+            [row["loss"], row["reverse_kl_per_byte"], row["coverage"], row["exact_fraction"]]
+        ).all()
+        assert 0.0 < row["exact_fraction"] < 1.0 and row["coverage"] == 1.0
+    assert [row["step"] for row in table if "eval/accuracy" in row] == [0, 4, 6]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["student"]["tokenizer"] != manifest["teacher"]["tokenizer"]
+    sample = json.loads((finished / "samples.jsonl").read_text().splitlines()[0])
+    kinds = {kind for _, kind in sample["alignment"]["pieces"]}
+    assert {"exact", "chunk"} <= kinds <= {"exact", "chunk", "role", "unaligned"}
+
+
+def test_nothing_is_compiled_again_after_warm_up(finished):
+    assert [row["recompiles"] for row in rows(finished)[:-1]] == [0] * 6
+
+
+def test_a_killed_run_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_one(
+    train, finished, tmp_path
+):
+    """SIGKILL once step 4 is logged; the checkpoint before it is of step 2 or 4."""
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(folder), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 240
+        metrics = folder / "metrics.jsonl"
+        while not metrics.is_file() or len(metrics.read_text().splitlines()) < 4:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+    again = train(folder)
+    assert again.returncode == 0, again.stderr
+    resumed, expected = rows(folder), rows(finished)
+    assert [without_clocks(row) for row in resumed] == [without_clocks(row) for row in expected]
+
+
+def test_a_finished_run_run_again_trains_no_further(train, finished):
+    before = rows(finished)
+    result = train(finished)
+    assert result.returncode == 0, result.stderr
+    assert [without_clocks(r) for r in rows(finished)] == [without_clocks(r) for r in before]
+
+
+def test_export_writes_a_folder_that_loads_with_the_trained_weights(finished, tmp_path):
+    out = tmp_path / "model"
+    export = [sys.executable, "-m", "jaxdistill.export", "--run", str(finished), "--out", str(out)]
+    result = subprocess.run(export, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "step 6" in result.stdout
+    trained, start = (
+        load_file(out / "model.safetensors"),
+        load_file(ROOT / "assets/toy/student/model.safetensors"),
+    )
+    assert trained.keys() == start.keys()
+    assert any((trained[name] != start[name]).any() for name in trained)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).is_file(), name
+    first = subprocess.run(
+        [*export, "--step", "4"], cwd=ROOT, env=environment(), capture_output=True, check=False
+    )
+    assert first.returncode == 0  # an export may be replaced by another
+    assert any((load_file(out / "model.safetensors")[name] != trained[name]).any() for name in trained)
+    wrong = subprocess.run(
+        [*export, "--step", "5"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (
+        wrong.returncode == 1
+        and "no checkpoint of step 5" in wrong.stderr
+        and "Traceback" not in wrong.stderr
+    )
+
+
+def test_sft_and_the_other_credits_run(train, tmp_path):
+    for name, override in (
+        ("exact", "objective.signal=exact"),
+        ("uniform", "objective.credit=uniform"),
+        ("proportional", "objective.credit=proportional"),
+        ("broadcast", "objective.credit=broadcast"),
+    ):
+        result = train(tmp_path / name, "run.steps=1", "eval.prompts=2", override)
+        assert result.returncode == 0, (name, result.stderr)
+        assert np.isfinite(rows(tmp_path / name)[0]["loss"])
+
+
+@pytest.mark.parametrize("steps", ["run.steps=8"])
+def test_a_longer_run_goes_on_from_a_shorter_one_but_another_config_does_not(train, tmp_path, steps):
+    folder = tmp_path / "run"
+    assert train(folder, "run.steps=2", "optimizer.schedule=constant").returncode == 0
+    assert train(folder, "run.steps=3", "optimizer.schedule=constant").returncode == 0
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3]
+    other = train(folder, "run.steps=3", "optimizer.schedule=constant", "objective.credit=uniform")
+    assert other.returncode == 2
+    assert "another config" in other.stderr and "Traceback" not in other.stderr
