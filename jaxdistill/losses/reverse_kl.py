@@ -86,7 +86,7 @@ class ReverseKL:
         mask = mask & batch.response_mask & (batch.weight > 0)[:, None]
         row_weight = batch.weight[:, None]
         weight = masked_sum(jnp.broadcast_to(row_weight, mask.shape), mask)
-        safe = jnp.maximum(weight, 1.0)
+        safe = jnp.where(weight > 0, weight, 1.0)
         mean = masked_sum(advantage * row_weight, mask)
         advantage = advantage - baseline_values(c.baseline, advantage, mask, batch.tokens, row_weight)
         square = masked_sum(jnp.square(advantage) * row_weight, mask)
@@ -97,6 +97,7 @@ class ReverseKL:
             "tokens": predicted(batch.tokens),
             "mask": predicted(mask),
             "behavior": predicted(batch.behavior_logprobs),
+            "weight": predicted(jnp.broadcast_to(row_weight, mask.shape)),
             "advantage": predicted(jnp.where(mask, c.coefficient * advantage * row_weight, 0.0)),
         }
         return Prepared(targets, weight, metrics)
@@ -110,6 +111,6 @@ class ReverseKL:
         clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
         total = -masked_sum(jnp.minimum(ratio * advantage, clipped * advantage), mask)
         return total, {
-            "entropy": masked_sum(entropy, mask),
-            "ratio_clipped": masked_sum((ratio != clipped).astype(jnp.float32), mask),
+            "entropy": masked_sum(targets["weight"] * entropy, mask),
+            "ratio_clipped": masked_sum(targets["weight"] * (ratio != clipped), mask),
         }

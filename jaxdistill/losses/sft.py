@@ -49,6 +49,6 @@ class SFT:
         mask, weight = targets["mask"], targets["weight"]
         correct = (jnp.argmax(logits, axis=-1) == targets["tokens"]).astype(jnp.float32)
         return -masked_sum(weight * logprob, mask), {
-            "entropy": masked_sum(entropy, mask),
-            "token_accuracy": masked_sum(correct, mask),
+            "entropy": masked_sum(weight * entropy, mask),
+            "token_accuracy": masked_sum(weight * correct, mask),
         }
