@@ -9,7 +9,9 @@ _WORDS = {
     "train": "distil a student: --config FILE [a.b=c ...] [--dry-run]",
     "serve": "serve a model folder over HTTP as a teacher: --model DIR --port N",
     "export": "write a run's student as a Hugging Face folder: --run DIR [--step N] --out DIR",
+    "align": "how two tokenizers cut the same text: --student DIR --teacher DIR [--text FILE] [--html OUT]",
 }
+_MODULES = {"align": "jaxdistill.align.__main__"}  # a room's own command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     word = arguments[0] if arguments else None
     if word in _WORDS:
-        return importlib.import_module(f"jaxdistill.{word}").main(arguments[1:])
+        return importlib.import_module(_MODULES.get(word, f"jaxdistill.{word}")).main(arguments[1:])
     if word in ("-h", "--help"):
         lines = [f"  {name:<8}{does}" for name, does in _WORDS.items()]
         print("\n".join(["usage: jaxdistill WORD ...", *lines, "`jaxdistill WORD --help` says more."]))
