@@ -10,7 +10,9 @@ _WORDS = {
     "serve": "serve a model folder over HTTP as a teacher: --model DIR --port N",
     "export": "write a run's student as a Hugging Face folder: --run DIR [--step N] --out DIR",
     "report": "write report.html of a run folder: --run DIR",
+    "align": "how two tokenizers cut the same text: --student DIR --teacher DIR [--text FILE] [--html OUT]",
 }
+_MODULES = {word: f"jaxdistill.{word}.__main__" for word in ("align", "report")}  # rooms with a command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     word = arguments[0] if arguments else None
     if word in _WORDS:
-        module = "jaxdistill.report.__main__" if word == "report" else f"jaxdistill.{word}"
-        return importlib.import_module(module).main(arguments[1:])
+        return importlib.import_module(_MODULES.get(word, f"jaxdistill.{word}")).main(arguments[1:])
     if word in ("-h", "--help"):
         lines = [f"  {name:<8}{does}" for name, does in _WORDS.items()]
         print("\n".join(["usage: jaxdistill WORD ...", *lines, "`jaxdistill WORD --help` says more."]))

@@ -12,9 +12,21 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int8, Int32, Int64
 
 # Numbers of the roles a token can play; 0 is plain content. Both sides use the same numbers, so a
-# role aligns by meaning although each tokenizer has its own id for it.
+# role aligns by meaning although each tokenizer has its own id for it. Numbers are never reused.
 CONTENT = 0
-ROLES: Mapping[str, int] = {"end_of_turn": 1, "think_open": 2, "think_close": 3}
+ROLES: Mapping[str, int] = {
+    "end_of_turn": 1,
+    "think_open": 2,
+    "think_close": 3,
+    "tool_open": 4,  # before one tool call
+    "tool_close": 5,
+    "tool_list_open": 6,  # before all tool calls of a turn, where a family marks that apart
+    "tool_list_close": 7,
+    "tool_argument": 8,  # between a tool's name and its arguments
+    "tool_result_open": 9,  # before the output of one tool; a model may write it too, mistakenly
+    "tool_result_close": 10,
+    "end_of_call": 11,  # ends a turn that waits for a tool, where that is not the end of turn
+}
 OTHER_SPECIAL = 127  # a special token no role is known for: carries no bytes and never aligns
 END_OF_TURN = ROLES["end_of_turn"]
 

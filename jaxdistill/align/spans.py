@@ -8,6 +8,7 @@ G segments, W segments after cutting, D borders.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt16
@@ -23,16 +24,21 @@ _FIRST_ROLE = 256
 class _Side:
     """One side's stream without the tokens that cannot have a partner.
 
-    `tokens` are the positions of the tokens that stayed (N of them) in the response; `ends` are their
-    ends in symbols; `index_at[p]` is the number of tokens that end at or before symbol offset p if a token
-    boundary is there, else -1. `cuts` are the symbol offsets where a token was left out: no chunk may cross.
+    `tokens` are the positions of the tokens that stayed (N of them) in the response; `boundaries` are 0 and
+    their ends, in symbols. `cuts` are the symbol offsets where a token was left out: no chunk may cross.
     """
 
     symbols: UInt16[np.ndarray, " Y"]
     tokens: Int64[np.ndarray, " N"]
-    ends: Int64[np.ndarray, " N"]
-    index_at: Int32[np.ndarray, " Y1"]
+    boundaries: Int64[np.ndarray, " N1"]
     cuts: Int64[np.ndarray, " _"]
+
+    @cached_property
+    def index_at(self) -> Int32[np.ndarray, " Y1"]:
+        """The number of tokens that end at or before a symbol offset if a boundary is there, else -1."""
+        index_at = np.full(len(self.symbols) + 1, -1, np.int32)
+        index_at[self.boundaries] = np.arange(len(self.boundaries), dtype=np.int32)
+        return index_at
 
 
 def _check(spans: TokenSpans, name: str) -> None:
@@ -57,28 +63,38 @@ def _partnered_roles(student: TokenSpans, teacher: TokenSpans) -> Bool[np.ndarra
 
 
 def _side(spans: TokenSpans, partnered: Bool[np.ndarray, " 128"]) -> _Side:
-    widths = np.diff(spans.ends, prepend=0)
-    is_role = spans.roles != 0
-    if bool((widths[is_role] != 0).any()):
+    count = len(spans)
+    boundaries = np.zeros(count + 1, np.int64)
+    boundaries[1:] = spans.ends
+    widths = boundaries[1:] - boundaries[:-1]
+    at = np.flatnonzero(spans.roles)  # few, mostly one at the end
+    if bool(widths[at].any()):
         raise AlignmentError("a role token covers bytes; expected an empty span, as Tokenizer.spans gives")
-    widths[partnered[spans.roles]] = 1  # one symbol; all other empty tokens stay empty and are left out
-    keep = widths > 0
-    tokens = np.flatnonzero(keep)
-    all_ends = np.cumsum(widths)
-    ends = all_ends[tokens]
-    total = int(ends[-1]) if len(ends) else 0
-    symbols = np.empty(total, np.uint16)
-    at_role = ends[is_role[tokens]] - 1
-    # A response has few roles, mostly one at its end: bytes are copied in the runs between them.
+    partners = at[partnered[spans.roles[at]]]
+    if len(partners):  # one symbol each; all other empty tokens stay empty and are left out
+        widths[partners] = 1
+        np.cumsum(widths, out=boundaries[1:])
+    symbols = _symbols(spans, partners, boundaries)
+    if widths.all():
+        return _Side(symbols, np.arange(count), boundaries, np.zeros(0, np.int64))
+    tokens = np.flatnonzero(widths)
+    cuts = np.unique(boundaries[1:][widths == 0])
+    kept = np.concatenate([np.zeros(1, np.int64), boundaries[1:][tokens]])
+    return _Side(symbols, tokens, kept, cuts)
+
+
+def _symbols(
+    spans: TokenSpans, partners: Int64[np.ndarray, " _"], boundaries: Int64[np.ndarray, " N1"]
+) -> UInt16[np.ndarray, " Y"]:
+    """The content's bytes with one symbol for each of the role tokens `partners` between them."""
+    symbols = np.empty(int(boundaries[-1]), np.uint16)
+    places = boundaries[partners]
     data, start = np.frombuffer(spans.data, np.uint8), 0
-    for passed, stop in enumerate([*at_role.tolist(), total]):
+    for passed, stop in enumerate([*places.tolist(), len(symbols)]):
         symbols[start:stop] = data[start - passed : stop - passed]
         start = stop + 1
-    symbols[at_role] = spans.roles[tokens][is_role[tokens]].astype(np.uint16) + _FIRST_ROLE
-    index_at = np.full(total + 1, -1, np.int32)
-    index_at[0] = 0
-    index_at[ends] = np.arange(1, len(ends) + 1, dtype=np.int32)
-    return _Side(symbols, tokens, ends, index_at, np.unique(all_ends[~keep]))
+    symbols[places] = spans.roles[partners].astype(np.uint16) + _FIRST_ROLE
+    return symbols
 
 
 @dataclass(frozen=True)
@@ -132,14 +148,14 @@ def _chunks(student: _Side, teacher: _Side, segments: _Segments) -> _Chunks:
 
     A token cut by a segment's edge has a boundary outside it, and so never lies between two borders.
     """
-    boundaries = np.concatenate([np.zeros(1, np.int64), student.ends])
-    low = np.searchsorted(boundaries, segments.student, side="left")
-    high = np.searchsorted(boundaries, segments.student + segments.length, side="right")
+    low = np.searchsorted(student.boundaries, segments.student, side="left")
+    high = np.searchsorted(student.boundaries, segments.student + segments.length, side="right")
     counts = np.maximum(high - low, 0)
     owner = np.repeat(np.arange(len(counts)), counts)
-    index = np.arange(len(owner)) + (low - (np.cumsum(counts) - counts))[owner]
-    partner = teacher.index_at[boundaries[index] + (segments.teacher - segments.student)[owner]]
-    border = partner >= 0
+    index = np.arange(len(owner)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+    shift = np.repeat(segments.teacher - segments.student, counts)
+    partner = teacher.index_at[student.boundaries[index] + shift]
+    border = np.flatnonzero(partner >= 0)
     index, partner, owner = index[border], partner[border].astype(np.int64), owner[border]
     joined = owner[1:] == owner[:-1]
     return _Chunks(index[:-1][joined], index[1:][joined], partner[:-1][joined], partner[1:][joined])
@@ -149,12 +165,14 @@ def _label(
     side: _Side, first: Int64[np.ndarray, " C"], last: Int64[np.ndarray, " C"], count: int
 ) -> Int32[np.ndarray, " N"]:
     """Chunk of each of the response's `count` tokens, -1 outside every chunk."""
-    turn = np.zeros(len(side.tokens) + 1, np.int8)
-    turn[first] += 1  # chunks are disjoint, so neither list names a token twice
-    turn[last] -= 1
-    inside = np.cumsum(turn[:-1], dtype=np.int8) > 0
+    sizes = last - first
+    names = np.repeat(np.arange(len(first), dtype=np.int32), sizes)
+    if len(names) == count:  # every token has one
+        return names
+    # The k-th token of a chunk comes `first` of its chunk on; the tokens before it in all chunks are counted.
+    inside = np.arange(len(names)) + np.repeat(first - (np.cumsum(sizes) - sizes), sizes)
     labels = np.full(count, -1, np.int32)
-    labels[side.tokens[inside]] = np.repeat(np.arange(len(first), dtype=np.int32), last - first)
+    labels[side.tokens[inside]] = names
     return labels
 
 
@@ -162,11 +180,7 @@ def _aligned_symbols(side: _Side, labels: Int32[np.ndarray, " N"]) -> UInt16[np.
     inside = labels[side.tokens] >= 0
     if inside.all():
         return side.symbols
-    return side.symbols[np.repeat(inside, np.diff(side.ends, prepend=0))]
-
-
-def _offset(side: _Side, index: Int64[np.ndarray, " C"]) -> Int64[np.ndarray, " C"]:
-    return np.concatenate([np.zeros(1, np.int64), side.ends])[index]
+    return side.symbols[np.repeat(inside, np.diff(side.boundaries))]
 
 
 def _shared_prefix(
@@ -184,7 +198,7 @@ def _shared_prefix(
         agree = min(agree, int(teacher_side.cuts[0]))
     if len(student_side.cuts):  # what begins there comes after the student's left-out token
         agree = min(agree, int(student_side.cuts[0]) - 1)
-    starts = np.concatenate([np.zeros(1, np.int64), student_side.ends])[:-1]
+    starts = student_side.boundaries[:-1]
     reach = int(np.searchsorted(starts, agree, side="right"))
     position = teacher_side.index_at[starts[:reach]]
     # Up to the first cut the tokens that stayed are all tokens, so both numberings are the same.
@@ -198,14 +212,14 @@ def align(student: TokenSpans, teacher: TokenSpans) -> Alignment:
 
     A chunk closes wherever both sides have a token end and the bytes agree. A role token (end of turn,
     think mark) aligns with the same role; any other special token aligns with nothing, and no chunk
-    crosses it. After a mismatch the sides find step again. Two equal sequences are the identity, special
-    tokens included. Linear in time and memory.
+    crosses it. After a mismatch the sides find step again. One and the same object on both sides (a teacher
+    of the student's own vocabulary) is the identity, special tokens included. Linear in time and memory.
 
     Raises AlignmentError for spans that contradict themselves, or if a chunk's bytes were not equal.
     """
     _check(student, "student")
     _check(teacher, "teacher")
-    if _equal(student, teacher):
+    if student is teacher:
         return _identity(len(student))
     partnered = _partnered_roles(student, teacher)
     s, t = _side(student, partnered), _side(teacher, partnered)
@@ -217,7 +231,10 @@ def align(student: TokenSpans, teacher: TokenSpans) -> Alignment:
     one_to_one = (chunks.student_last - chunks.student_first == 1) & (
         chunks.teacher_last - chunks.teacher_first == 1
     )
-    aligned_bytes = int(np.diff(student.ends, prepend=0)[student_chunk >= 0].sum())
+    aligned = student_chunk >= 0
+    aligned_bytes = (
+        len(student.data) if aligned.all() else int(np.diff(student.ends, prepend=0)[aligned].sum())
+    )
     return Alignment(
         student_chunk=student_chunk,
         teacher_chunk=teacher_chunk,
@@ -225,15 +242,6 @@ def align(student: TokenSpans, teacher: TokenSpans) -> Alignment:
         exact=one_to_one,
         shared_prefix=_shared_prefix(student, s, t, segments),
         coverage=aligned_bytes / len(student.data) if student.data else 1.0,
-    )
-
-
-def _equal(student: TokenSpans, teacher: TokenSpans) -> bool:
-    return (
-        student.data == teacher.data
-        and np.array_equal(student.ids, teacher.ids)
-        and np.array_equal(student.ends, teacher.ends)
-        and np.array_equal(student.roles, teacher.roles)
     )
 
 
@@ -258,8 +266,8 @@ def _verify(
     teacher_chunk: Int32[np.ndarray, " S"],
 ) -> None:
     """The promise of this room, checked on its result: each chunk's symbols are equal on both sides."""
-    s_length = _offset(s, chunks.student_last) - _offset(s, chunks.student_first)
-    t_length = _offset(t, chunks.teacher_last) - _offset(t, chunks.teacher_first)
+    s_length = s.boundaries[chunks.student_last] - s.boundaries[chunks.student_first]
+    t_length = t.boundaries[chunks.teacher_last] - t.boundaries[chunks.teacher_first]
     same_lengths = np.array_equal(s_length, t_length)
     if not same_lengths or not np.array_equal(
         _aligned_symbols(s, student_chunk), _aligned_symbols(t, teacher_chunk)

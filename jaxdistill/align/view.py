@@ -42,6 +42,8 @@ def pieces(spans: TokenSpans) -> list[str]:
 
 def _visible(data: bytes) -> str:
     text = data.decode("utf-8", errors="backslashreplace").translate(_SHOWN)
+    if text and unicodedata.category(text[0]).startswith("M"):
+        text = "\u25cc" + text  # a mark needs something to stand on; many are invisible alone
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 

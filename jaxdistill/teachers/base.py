@@ -160,7 +160,8 @@ def teacher_views(
             else part
             for part in parts
         ]
-        views.append((prompts[key], concatenate(spans)))
+        # A response taken over whole stays the same object: the aligner knows the identity by it.
+        views.append((prompts[key], spans[0] if len(spans) == 1 else concatenate(spans)))
     return views
 
 

@@ -2,5 +2,6 @@
 
 from jaxdistill.records import TokenSpans
 from jaxdistill.text.tokenizer import Tokenizer, concatenate
+from jaxdistill.text.turns import RenderedTurns
 
-__all__ = ["TokenSpans", "Tokenizer", "concatenate"]
+__all__ = ["RenderedTurns", "TokenSpans", "Tokenizer", "concatenate"]

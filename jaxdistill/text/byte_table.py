@@ -45,6 +45,17 @@ def component_types(part: Mapping[str, Any] | None) -> set[str]:
     return {str(p.get("type")) for p in _nested(part)}
 
 
+def _folding_components(normalizer: Mapping[str, Any] | None) -> list[str]:
+    """The parts of a normalizer that make different letters equal, by what they do."""
+    found = component_types(normalizer) & {"Lowercase", "StripAccents"}
+    for part in _nested(normalizer):
+        if part.get("type") == "BertNormalizer":
+            lowers = bool(part.get("lowercase"))
+            strips = lowers if part.get("strip_accents") is None else bool(part["strip_accents"])
+            found |= {name for name, does in (("Lowercase", lowers), ("StripAccents", strips)) if does}
+    return sorted(found)
+
+
 def model_vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
     """Piece -> id of the model, for both layouts (`{piece: id}` and Unigram's `[[piece, score]]`)."""
     vocabulary = model["vocab"]
@@ -73,11 +84,11 @@ def detect_family(document: Mapping[str, Any], where: str) -> Family:
             f"end_of_word_suffix {model.get('end_of_word_suffix')!r}) that stands for no byte of the text; "
             "expected byte-level BPE or SentencePiece with byte fallback"
         )
-    folding = component_types(document.get("normalizer")) & {"Lowercase", "StripAccents", "BertNormalizer"}
-    if folding:
+    if folding := _folding_components(document.get("normalizer")):
         raise ConfigError(
-            f"{where}: the normalizer ({', '.join(sorted(folding))}) folds letters, so the vocabulary cannot "
-            "write every text; expected a tokenizer that keeps its input"
+            f"{where}: the normalizer ({', '.join(folding)}) folds letters: the model has never read a "
+            "capital or an accent, so a response that holds them cannot be put to it as it stands; expected "
+            "a tokenizer that keeps its input (composition, as by NFC or NFKC, is fine: it is gone round)"
         )
     places = [document.get(key) for key in ("decoder", "pre_tokenizer", "normalizer")]
     if any("ByteLevel" in component_types(place) for place in places):

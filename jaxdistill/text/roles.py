@@ -1,4 +1,4 @@
-"""Which ids play a role: the end of a turn and the think marks, and which tokens are control marks at all."""
+"""Which ids play a role (end of a turn, think and tool marks), and which tokens are control marks at all."""
 
 import logging
 import re
@@ -14,9 +14,24 @@ from jaxdistill.text.render import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
-_THINK_MARKS = {"think_open": ("<think>", "[THINK]"), "think_close": ("</think>", "[/THINK]")}
+# What a mark is called inside its brackets and bars, most usual first; see `_mark_name`. Families agree on
+# the words where they differ in the punctuation: Qwen <think>, Mistral [THINK].
+_MARKS: Mapping[str, tuple[str, ...]] = {
+    "think_open": ("think",),
+    "think_close": ("/think",),
+    "tool_open": ("tool_call", "tool_call_begin", "python_tag", "tool_calls"),
+    "tool_close": ("/tool_call", "tool_call_end"),
+    "tool_list_open": ("tool_calls_begin", "tool_calls_section_begin"),
+    "tool_list_close": ("tool_calls_end", "tool_calls_section_end"),
+    "tool_argument": ("tool_sep", "tool_call_argument_begin", "args"),
+    "tool_result_open": ("tool_response", "tool_output_begin", "tool_results"),
+    "tool_result_close": ("/tool_response", "tool_output_end", "/tool_results"),
+    "end_of_call": ("eom_id", "call"),
+}
 _FENCED = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|x|>, and with full-width bars as in DeepSeek
 _BRACKETED = re.compile(r"[<\[]/?[^\s<>\[\]]*[A-Za-z][^\s<>\[\]]*[>\]]")
+_FENCE = re.compile(r"(?:<[|\uff5c]|<|\[)(/?)([^|\uff5c<>\[\]]+)(?:[|\uff5c]>|>|\])")
+ENDS = ("end_of_turn", "end_of_call")  # the roles that end an assistant's turn
 _SENTINEL = "Zq7sentinel"
 
 
@@ -38,10 +53,17 @@ def control_ids(document: Mapping[str, Any], template: str) -> frozenset[int]:
     return frozenset(entry["id"] for entry in document.get("added_tokens") or [] if is_control(entry))
 
 
+def _mark_name(token: str | None) -> str:
+    """A control token's name without its fence: <|x|>, <x>, [X]; "/x" for a closing one."""
+    match = _FENCE.fullmatch(token or "")
+    return (match[1] + match[2]).replace(SPACE_MARK, "_").lower() if match else ""
+
+
 def assign_roles(
     raw: RawTokenizer, template: ChatTemplate, control: frozenset[int], overrides: Mapping[str, str] | None
 ) -> dict[str, int]:
-    """Role -> id: from the overrides (role -> token string), else derived.
+    """Role -> id: from the overrides (role -> token string), else the end of turn from the template and the
+    marks from the control tokens' names.
 
     Raises ConfigError for an unknown role or token, for two roles on one token, and for a chat template
     behind whose assistant turn no control token stands.
@@ -58,10 +80,12 @@ def assign_roles(
                 "give a token's exact string"
             )
         roles[role] = index
-    for role, spellings in _THINK_MARKS.items():
-        added = [i for i in map(raw.token_to_id, spellings) if i is not None and i in control]
-        if role not in roles and added:
-            roles[role] = added[0]
+    named = {_mark_name(raw.id_to_token(index)): index for index in sorted(control, reverse=True)}
+    for role, names in _MARKS.items():
+        # A token that the overrides give another role is not also what its name says.
+        found = [named[name] for name in names if name in named and named[name] not in roles.values()]
+        if role not in roles and found:
+            roles[role] = found[0]
     if "end_of_turn" not in roles and template.templates:
         roles["end_of_turn"] = find_end_of_turn(raw, template, control)
     if len(set(roles.values())) < len(roles):
@@ -99,12 +123,12 @@ def find_stop_ids(
     control: frozenset[int],
     where: str,
 ) -> frozenset[int]:
-    """End of turn, and the eos ids of generation_config.json and config.json.
+    """What ends a turn, and the eos ids of generation_config.json and config.json.
 
     An eos id that is ordinary text is left out with a warning: configs carry stale defaults, and such a
     stop would cut responses in the middle of a sentence.
     """
-    stops = {roles["end_of_turn"]} if "end_of_turn" in roles else set()
+    stops = {roles[role] for role in ENDS if role in roles}
     text_model = model.get("text_config") or {}
     for entry in (generation.get("eos_token_id"), model.get("eos_token_id"), text_model.get("eos_token_id")):
         for index in entry if isinstance(entry, list) else [entry]:

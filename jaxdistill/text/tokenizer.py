@@ -19,7 +19,8 @@ from jaxdistill.text.byte_table import build_table, detect_family, model_vocabul
 from jaxdistill.text.content import ContentEncoder
 from jaxdistill.text.files import TokenizerFiles, read_files, special_strings
 from jaxdistill.text.render import ChatTemplate
-from jaxdistill.text.roles import assign_roles, control_ids, find_stop_ids
+from jaxdistill.text.roles import ENDS, assign_roles, control_ids, find_stop_ids
+from jaxdistill.text.turns import RenderedTurns, TurnEncoder, end_strings, find_turns
 
 
 def _open_raw(files: TokenizerFiles) -> RawTokenizer:
@@ -49,8 +50,8 @@ def _vocabulary_size(files: TokenizerFiles) -> int:
 class Tokenizer:
     """One model's tokenizer. Made by `Tokenizer.load`; immutable afterwards.
 
-    `vocab_size` counts ids, padding of the model's vocabulary included. `roles` maps a role's name
-    ("end_of_turn", "think_open", "think_close") to its id. `stop_ids` end a generation. `control` holds
+    `vocab_size` counts ids, padding of the model's vocabulary included. `roles` maps a role's name (of
+    `records.ROLES`) to its id. `stop_ids` end a generation. `control` holds
     the ids that carry no bytes because they steer the model: special tokens, roles and marks.
     """
 
@@ -154,6 +155,56 @@ class Tokenizer:
             tools=tools,
             template_kwargs=template_kwargs,
         )
+        return np.asarray(self._prompt_ids(text), np.int32)
+
+    def render_turns(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedTurns:
+        """A whole chat, and which of its ids each assistant turn generates, its end of turn with it.
+
+        Each turn's text is encoded apart from what stands before it. Tool output, like every other message,
+        belongs to no turn. `spans(ids[turn])` of two tokenizers can be aligned turn by turn.
+
+        Raises DataError for a template that writes earlier turns anew (each of them then needs a prompt of
+        its own), ConfigError without an end of turn; otherwise as `render`.
+        """
+
+        def text(part: Sequence[Message], add_generation_prompt: bool) -> str:
+            rendered = self._template.render(
+                part,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                template_kwargs=template_kwargs,
+            )
+            return self._checked_text(rendered)
+
+        ends = end_strings(
+            self._control_strings, [self.roles[r] for r in ENDS if r in self.roles], self.where
+        )
+        return self._turn_encoder.encode(*find_turns(messages, text, ends, self.where))
+
+    @cached_property
+    def _control_strings(self) -> dict[str, int]:
+        return {piece: index for index in sorted(self.control) if (piece := self._raw.id_to_token(index))}
+
+    @cached_property
+    def _turn_encoder(self) -> TurnEncoder:
+        marks = {index for role, index in self.roles.items() if role not in ENDS}
+        return TurnEncoder(
+            self._prompt_ids,
+            lambda text: self.encode(text).ids.tolist(),
+            self._control_strings,
+            frozenset(piece for piece, index in self._control_strings.items() if index in marks),
+        )
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        return self._raw.encode(self._checked_text(text), add_special_tokens=False).ids
+
+    def _checked_text(self, text: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -161,7 +212,7 @@ class Tokenizer:
                 f"{self.where}: the rendered messages hold {text[error.start]!a}, half a surrogate pair, at "
                 f"character {error.start}; give messages that are valid Unicode"
             ) from error
-        return np.asarray(self._raw.encode(text, add_special_tokens=False).ids, np.int32)
+        return text
 
     @cached_property
     def fingerprint(self) -> str:

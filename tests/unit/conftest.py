@@ -1,7 +1,10 @@
-"""Shared by the rooms that talk over HTTP: a tiny genuine model folder, and servers on loopback."""
+"""Shared by several rooms: a tiny genuine model folder, servers on loopback, a headless browser."""
 
 import asyncio
 import json
+import os
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,3 +89,36 @@ def _serving(app: web.Application) -> Iterator[str]:
 def serving() -> Callable[[web.Application], object]:
     """`with serving(app) as url:` serves an aiohttp application on loopback."""
     return _serving
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., tuple[str, list[str]]]:
+    """`browse(path, *options)` opens a file in headless Chromium: what it printed, console included, and
+    the addresses that the page asked the network for.
+
+    Without a Chromium the test is skipped, which CI does not accept.
+    """
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here; install it, on Debian with: apt-get install chromium")
+    net = tmp_path / "net.json"
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-default-apps",
+        "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={net}",
+        "--enable-logging=stderr", "--hide-scrollbars", "--window-size=1240,2700",
+    ]  # fmt: skip
+    environment = {**os.environ, "HOME": str(tmp_path)}
+
+    def run(path: Path, *options: str) -> tuple[str, list[str]]:
+        done = subprocess.run(
+            [*command, *options, path.as_uri()], capture_output=True, timeout=120, env=environment, check=True
+        )
+        requests = [event.get("params") or {} for event in json.loads(net.read_text())["events"]]
+        # The browser's own requests have no page as their initiator, and find no host.
+        browsers_own = (None, "not an origin")
+        asked = [one["url"] for one in requests if "url" in one and one.get("initiator") not in browsers_own]
+        return done.stdout.decode() + done.stderr.decode(), asked
+
+    return run

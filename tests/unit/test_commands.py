@@ -19,14 +19,15 @@ def test_each_word_has_its_module(word: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no command given, expected one of train, serve, export"),
+        ([], "no command given, expected one of train, serve, export, report, align"),
         (
             ["trian"],
-            "unknown command 'trian', expected one of train, serve, export; did you mean 'train'?",
+            "unknown command 'trian', expected one of train, serve, export, report, align; "
+            "did you mean 'train'?",
         ),
         (
             ["zzz", "--config", "x"],
-            "unknown command 'zzz', expected one of train, serve, export",
+            "unknown command 'zzz', expected one of train, serve, export, report, align",
         ),
     ],
 )

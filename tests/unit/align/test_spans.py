@@ -120,8 +120,7 @@ def test_the_same_spans_are_the_identity(
 ) -> None:
     spans = spans_of(both[0])
     result = align(spans, spans)
-    known = spans.roles != OTHER_SPECIAL
-    np.testing.assert_array_equal(result.student_chunk[known], np.arange(known.sum()))
+    np.testing.assert_array_equal(result.student_chunk, np.arange(len(spans)))
     np.testing.assert_array_equal(result.student_chunk, result.teacher_chunk)
     assert result.exact.all() and result.coverage == 1.0
 
@@ -265,3 +264,16 @@ def test_typed_control_strings_are_scored_as_text(tokenizers: dict[str, Tokenize
         student = tokenizers["llama3"].encode("x<|im_end|><end_of_turn></s>y")
         result = align(student, teacher.encode(student.data))
         assert result.coverage == 1.0
+
+
+def test_one_object_on_both_sides_is_the_identity_special_tokens_included():
+    """What a teacher of the student's own vocabulary reads; equal but separate sequences stay careful."""
+    ids = np.arange(4, dtype=np.int32)
+    roles = np.array([0, OTHER_SPECIAL, 0, 1], np.int8)
+    spans = TokenSpans(ids, b"ab", np.array([1, 1, 2, 2]), roles)
+    same = align(spans, spans)
+    np.testing.assert_array_equal(same.student_chunk, ids)
+    np.testing.assert_array_equal(same.teacher_chunk, ids)
+    assert same.exact.all() and same.num_chunks == 4 and same.coverage == 1.0
+    twin = TokenSpans(ids.copy(), b"ab", np.array([1, 1, 2, 2]), roles.copy())
+    assert align(spans, twin).student_chunk[1] == -1

@@ -2,10 +2,7 @@
 
 import html
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,6 +31,7 @@ from jaxdistill.report.plots import (
 from jaxdistill.report.run_data import Series, read_run
 
 MakeRun = Callable[..., Path]
+Browse = Callable[..., tuple[str, list[str]]]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -309,44 +307,15 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_2(
             write_report(run)
 
 
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    """The path of a Chromium; without one the test is skipped, which CI does not accept."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no chromium here; install it, on Debian with: apt-get install chromium")
-    return found
-
-
-def browse(chromium: str, path: Path, scratch: Path, *options: str) -> tuple[str, list[str]]:
-    """Opens a file in a headless browser: what it printed, console included, and the addresses that the
-    page asked the network for. The browser's own requests, which have no page as their initiator, are
-    left out and find no host."""
-    net = scratch / "net.json"
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-default-apps",
-        "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"--user-data-dir={scratch / 'profile'}", f"--log-net-log={net}",
-        "--enable-logging=stderr", "--hide-scrollbars", "--window-size=1240,2700", *options, path.as_uri(),
-    ]  # fmt: skip
-    environment = {**os.environ, "HOME": str(scratch)}
-    done = subprocess.run(command, capture_output=True, timeout=120, env=environment, check=True)
-    requests = [event.get("params") or {} for event in json.loads(net.read_text())["events"]]
-    browsers_own = (None, "not an origin")
-    asked = [one["url"] for one in requests if "url" in one and one.get("initiator") not in browsers_own]
-    return done.stdout.decode() + done.stderr.decode(), asked
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_a_browser_opens_it_without_complaint_and_without_a_network(
-    make_run: MakeRun, tmp_path: Path, chromium: str, scheme: str
+    make_run: MakeRun, tmp_path: Path, browse: Browse, scheme: str
 ) -> None:
     report = write_report(make_run(tmp_path / "run"))
     shot = tmp_path / "shot.png"
     preferred = f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}"
-    log, asked = browse(chromium, report, tmp_path, preferred, f"--screenshot={shot}")
+    log, asked = browse(report, preferred, f"--screenshot={shot}")
     assert "CONSOLE" not in log
     assert asked == []
     pixels = imread(shot)[..., :3]
@@ -357,9 +326,9 @@ def test_a_browser_opens_it_without_complaint_and_without_a_network(
 
 
 @pytest.mark.browser
-def test_the_browser_test_would_see_a_console_error_and_a_request(tmp_path: Path, chromium: str) -> None:
+def test_the_browser_test_would_see_a_console_error_and_a_request(tmp_path: Path, browse: Browse) -> None:
     path = tmp_path / "bad.html"
     path.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('seen')</script>")
-    log, asked = browse(chromium, path, tmp_path, "--dump-dom")
+    log, asked = browse(path, "--dump-dom")
     assert "CONSOLE" in log and "seen" in log
     assert asked == ["http://127.0.0.1:9/x.png"]

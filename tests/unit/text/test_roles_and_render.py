@@ -42,14 +42,52 @@ def test_end_of_turn_comes_from_the_template(
     assert tokenizers[name].stop_ids == {index}
 
 
-def test_think_marks_are_found_and_overridable(folders: dict[str, Path]) -> None:
+def test_marks_are_found_by_their_names_and_overridable(folders: dict[str, Path]) -> None:
     path = folders["chatml"]
     tokenizer = Tokenizer.load(str(path))
     assert tokenizer.roles["think_open"] == raw(path).token_to_id("<think>")
     assert tokenizer.roles["think_close"] == raw(path).token_to_id("</think>")
+    assert tokenizer.roles["tool_open"] == raw(path).token_to_id("<tool_call>")
     other = Tokenizer.load(str(path), roles={"end_of_turn": "<|endoftext|>", "think_open": "<tool_call>"})
     assert other.roles["end_of_turn"] == raw(path).token_to_id("<|endoftext|>")
     assert other.roles["think_open"] == raw(path).token_to_id("<tool_call>")
+    assert "tool_open" not in other.roles
+
+
+TOOL_MARKS = {
+    "qwen": {
+        "tool_open": "<tool_call>",
+        "tool_close": "</tool_call>",
+        "tool_result_open": "<tool_response>",
+        "tool_result_close": "</tool_response>",
+    },
+    "deepseek": {
+        "tool_list_open": "<\uff5ctool\u2581calls\u2581begin\uff5c>",
+        "tool_list_close": "<\uff5ctool\u2581calls\u2581end\uff5c>",
+        "tool_open": "<\uff5ctool\u2581call\u2581begin\uff5c>",
+        "tool_close": "<\uff5ctool\u2581call\u2581end\uff5c>",
+        "tool_argument": "<\uff5ctool\u2581sep\uff5c>",
+        "tool_result_open": "<\uff5ctool\u2581output\u2581begin\uff5c>",
+        "tool_result_close": "<\uff5ctool\u2581output\u2581end\uff5c>",
+    },
+    "llama": {"tool_open": "<|python_tag|>", "end_of_call": "<|eom_id|>"},
+    "mistral": {"tool_open": "[TOOL_CALLS]", "tool_argument": "[ARGS]", "think_close": "[/THINK]"},
+    "kimi": {"tool_list_open": "<|tool_calls_section_begin|>", "tool_open": "<|tool_call_begin|>"},
+}
+
+
+@pytest.mark.parametrize("family", sorted(TOOL_MARKS))
+def test_tool_marks_of_each_family_are_roles(makers: ModuleType, tmp_path: Path, family: str) -> None:
+    base = makers.byte_level(tmp_path, digits=False, normalize=False)
+    base.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    base.add_tokens(list(TOOL_MARKS[family].values()))
+    folder = makers.write(tmp_path, base, makers.CHATML, {})
+    tokenizer = Tokenizer.load(str(folder))
+    roles = dict(tokenizer.roles)
+    end = roles.pop("end_of_turn")
+    assert roles == {role: raw(folder).token_to_id(mark) for role, mark in TOOL_MARKS[family].items()}
+    stops = {roles[role] for role in roles if role == "end_of_call"}
+    assert tokenizer.stop_ids == {end, *stops}
 
 
 def test_bad_overrides_are_refused(folders: dict[str, Path]) -> None:
@@ -59,7 +97,9 @@ def test_bad_overrides_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="no token of this vocabulary"):
         Tokenizer.load(path, roles={"end_of_turn": "<|nowhere|>"})
     with pytest.raises(ConfigError, match="share one token"):
-        Tokenizer.load(path, roles={"end_of_turn": "<think>"})
+        Tokenizer.load(path, roles={"end_of_turn": "<think>", "think_open": "<think>"})
+    with pytest.raises(ConfigError, match="share one token"):
+        Tokenizer.load(path, roles={"think_open": "<|im_end|>"})
 
 
 def test_a_role_nobody_plays_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
@@ -128,6 +168,38 @@ def test_a_refused_system_turn_is_folded_and_said_once(
     expected = "<start_of_turn>user\nBe brief.\n\nHow many?<end_of_turn>\n<start_of_turn>model\n"
     assert first == second and first.endswith(expected)
     assert sum("refuses a system turn" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("content", ["Be brief.", "How many?", "i"])
+def test_a_system_turn_left_out_without_a_word_is_folded(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    # Content that the user's turn happens to hold too must not hide that the template drops the turn.
+    folder = shutil.copytree(folders["chatml"], tmp_path / "dropping")
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.load(str(folder))
+    messages = [{"role": "system", "content": content}, {"role": "user", "content": "How many?"}]
+    with caplog.at_level(logging.WARNING):
+        first, second = (text(tokenizer, folder, messages) for _ in range(2))
+    assert first == second == f"<|im_start|>user\n{content}\n\nHow many?<|im_end|>\n"
+    assert sum("leaves a system turn out" in r.getMessage() for r in caplog.records) == 1
+    assert "system turn" not in text(tokenizer, folder, messages[1:])
+
+
+def test_tools_a_template_has_no_place_for_are_said(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = Tokenizer.load(str(shutil.copytree(folders["llama3"], tmp_path / "toolless")))
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum"}}]}
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            tokenizer.render([*CHAT, call], tools=[{"name": "sum"}])
+    said = [r.getMessage().partition("no place for ")[2] for r in caplog.records]
+    assert said == ["tools; they are left out", "tool_calls; they are left out"]
 
 
 def test_the_templates_own_words_reach_the_user(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""`python -m jaxdistill.align --student A --teacher B`: how two tokenizers' cuts fit, by kind of text."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxdistill.align.compare import compare, table
+from jaxdistill.align.page import render_page
+from jaxdistill.align.texts import RunTexts, Texts, built_in, from_file, from_run
+from jaxdistill.cli import exit_code_of
+from jaxdistill.errors import ConfigError
+from jaxdistill.text import Tokenizer
+from jaxdistill.text.files import read_files
+
+NOTE = (
+    "Shares are of student tokens, coverage of bytes; token counts are student : teacher.\n"
+    "M tok/s: millions of student tokens a second, the alignment alone on one core."
+)
+RUN_NOTE = (
+    "The run keeps its samples as text: they are encoded anew here by the student's tokenizer, which need\n"
+    "not be how the student sampled them."
+)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side of the pair, with the token strings of its roles for people."""
+
+    path: str
+    tokenizer: Tokenizer
+    roles: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).expanduser().resolve().name if Path(self.path).exists() else self.path
+
+    def lines(self, label: str) -> list[str]:
+        roles = ", ".join(f"{role} {text}" for role, text in self.roles.items()) or "none known"
+        first = f"{label}  {self.path} ({self.tokenizer.family}, {self.tokenizer.vocab_size:,} ids)"
+        return [first, f"  roles  {roles}"]
+
+
+def _load(path: str, overrides: Mapping[str, str]) -> _Side:
+    files = read_files(path)
+    tokenizer = Tokenizer(files, overrides or None)
+    strings = {entry["id"]: entry["content"] for entry in files.document.get("added_tokens") or []}
+    shown = {role: strings.get(index, f"id {index}") for role, index in tokenizer.roles.items()}
+    return _Side(path, tokenizer, shown)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxdistill.align",
+        description="Show how a student's and a teacher's tokenizer cut the same text.",
+    )
+    parser.add_argument("--student", metavar="DIR", help="folder or hub id of the student's tokenizer")
+    parser.add_argument("--teacher", metavar="DIR", help="folder or hub id of the teacher's tokenizer")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE|-", help="a response to align instead of the built-in texts")
+    source.add_argument(
+        "--run", type=Path, metavar="DIR", help="align the samples of a run folder, with the run's tokenizers"
+    )
+    parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with every chunk shown")
+    return parser
+
+
+def _chosen(arguments: argparse.Namespace) -> RunTexts:
+    """The texts and the two paths; what the command line names wins over what a run's config names."""
+    if arguments.run is not None:
+        run = from_run(arguments.run)
+    else:
+        texts: Texts = from_file(arguments.text) if arguments.text is not None else built_in()
+        run = RunTexts(texts, None, None)
+    paths = {"student": arguments.student or run.student, "teacher": arguments.teacher or run.teacher}
+    for side, path in paths.items():
+        if path is None:
+            where = f"{arguments.run}/config.yaml names none" if arguments.run else "nothing else names it"
+            raise ConfigError(
+                f"--{side} is missing and {where}; give a folder with tokenizer.json, or a hub id"
+            )
+    # Another tokenizer than the run's has roles of its own.
+    return RunTexts(
+        run.texts,
+        paths["student"],
+        paths["teacher"],
+        {} if arguments.student else run.student_roles,
+        {} if arguments.teacher else run.teacher_roles,
+    )
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--html {path}: cannot be written ({error.strerror}); name another file"
+        ) from error
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    chosen = _chosen(arguments)
+    assert chosen.student is not None and chosen.teacher is not None  # _chosen has refused the rest
+    student = _load(chosen.student, chosen.student_roles)
+    teacher = _load(chosen.teacher, chosen.teacher_roles)
+    rows = compare(student.tokenizer, teacher.tokenizer, chosen.texts)
+    notes = [RUN_NOTE] if arguments.run else []
+    lines = [*student.lines("student"), *teacher.lines("teacher")]
+    print("\n".join([*lines, "", table(rows), "", NOTE, *notes]))
+    if arguments.html is not None:
+        _write(arguments.html, render_page(rows, student.name, teacher.name, [*lines, *notes]))
+        print(arguments.html)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, writes the page where asked, and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    return exit_code_of(lambda: _run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
