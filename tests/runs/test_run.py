@@ -104,7 +104,7 @@ def test_export_writes_a_folder_that_loads_with_the_trained_weights(finished, tm
         [*export, "--step", "5"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     assert (
-        wrong.returncode == 1
+        wrong.returncode == 2
         and "no checkpoint of step 5" in wrong.stderr
         and "Traceback" not in wrong.stderr
     )
