@@ -180,12 +180,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("assets/toy"))
+    parser.add_argument("--out", type=Path, default=Path("models/toy"))
     parser.add_argument("--only", choices=("teacher", "student"), help="make one of the two")
     parser.add_argument("--teacher-steps", type=int, default=900)
     parser.add_argument("--student-steps", type=int, default=900)
     arguments = parser.parse_args()
     out: Path = arguments.out
+    for name in ("teacher", "student"):
+        if arguments.only in (None, name) and (out / name).exists():
+            parser.error(f"{out / name} exists already; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     train_pairs, heldout_pairs = split_pairs(SEED)
     # Prompts only: the student must never see a reference response.
