@@ -74,10 +74,10 @@ def read_inputs(config: RunConfig) -> Inputs:
         )
     # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
     references = ReferenceSampler(tokenizer, config.rollout)
-    for row in [*rows, *heldout]:
+    for row in [*rows, *heldout] if config.objective.on_policy else heldout:
         render_prompt(tokenizer, row, config.rollout)
     if not config.objective.on_policy:
-        references.sample(rows, version=0)
+        references.sample(rows, version=0)  # renders the prompts too
     return Inputs(tokenizer, decoder, mesh, prompts, heldout, references)
 
 

@@ -80,7 +80,8 @@ class Evaluator:
 def samples_of(
     rollouts: Sequence[Rollout], scored: Scored | None, correct: Sequence[bool | None] | None = None
 ) -> list[Sample]:
-    """Rows for the sample table; with a teacher each carries its KL and its cut into chunks."""
+    """Rows for the sample table; with a teacher each carries its KL and its cut into chunks. `rollouts`
+    are the first of those that were `scored`."""
     samples = []
     for i, rollout in enumerate(rollouts):
         kl, view = (None, None) if scored is None else _teacher_view(scored, i)

@@ -72,7 +72,7 @@ def train(run: Run) -> TrainState:
         run.policy.push(state.params, version=step + 1)
         run.metrics.log(step, step_values(run, step, collected, metrics))
         if run.example_every is not None and step % run.example_every == 0:
-            run.samples.log(step, samples_of(collected.rollouts, collected.scored)[:EXAMPLES])
+            run.samples.log(step, samples_of(collected.rollouts[:EXAMPLES], collected.scored))
     # Saved before the last evaluation: a teacher that is gone by then costs no step.
     run.metrics.flush()
     run.checkpoints.save(run.steps, state, run.prompts.state())

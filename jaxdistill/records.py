@@ -27,6 +27,7 @@ ROLES: Mapping[str, int] = {
     "tool_result_close": 10,
     "end_of_call": 11,  # ends a turn that waits for a tool, where that is not the end of turn
 }
+ROLE_NAMES: Mapping[int, str] = {number: name for name, number in ROLES.items()}
 OTHER_SPECIAL = 127  # a special token no role is known for: carries no bytes and never aligns
 END_OF_TURN = ROLES["end_of_turn"]
 

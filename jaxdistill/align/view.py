@@ -10,11 +10,11 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdistill.records import OTHER_SPECIAL, ROLES, Alignment, TokenSpans
+from jaxdistill.records import OTHER_SPECIAL, ROLE_NAMES, Alignment, TokenSpans
 
 Kind = Literal["exact", "chunk", "role", "unaligned"]
 
-_ROLE_NAMES: Mapping[int, str] = {number: name for name, number in ROLES.items()} | {OTHER_SPECIAL: "special"}
+_ROLE_NAMES: Mapping[int, str] = {**ROLE_NAMES, OTHER_SPECIAL: "special"}
 _SHOWN = {ord("\n"): "\u21b5", ord("\t"): "\u21e5", ord("\r"): "\u240d", ord(" "): "\u00b7"}
 
 

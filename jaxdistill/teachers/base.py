@@ -12,10 +12,8 @@ from jaxtyping import Int32
 from pydantic import Field, field_validator, model_validator
 
 from jaxdistill.config import StrictConfig
-from jaxdistill.records import CONTENT, ROLES, Rollout, TeacherScores, TokenSpans
+from jaxdistill.records import CONTENT, ROLE_NAMES, Rollout, TeacherScores, TokenSpans
 from jaxdistill.text import Tokenizer, concatenate
-
-ROLE_NAMES: Mapping[int, str] = {number: name for name, number in ROLES.items()}
 
 
 class TeacherConfig(StrictConfig):
