@@ -73,6 +73,13 @@ class TokenSpans:
         """Byte offset at which each token begins."""
         return np.concatenate([np.zeros(1, np.int64), self.ends])[: len(self.ends)]
 
+    def head(self, count: int) -> "TokenSpans":
+        """The first `count` tokens with their bytes; itself where that is all of them."""
+        if count >= len(self):
+            return self
+        size = int(self.ends[count - 1]) if count else 0
+        return TokenSpans(self.ids[:count], self.data[:size], self.ends[:count], self.roles[:count])
+
     @property
     def text(self) -> str:
         """The content as text, for people: bytes that are not UTF-8 show as U+FFFD."""

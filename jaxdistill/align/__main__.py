@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxdistill.align.compare import compare, table
+from jaxdistill.align.compare import compare, lost_bytes, table
 from jaxdistill.align.page import render_page
 from jaxdistill.align.texts import RunTexts, Texts, built_in, from_file, from_run
+from jaxdistill.align.view import printable
 from jaxdistill.cli import exit_code_of
 from jaxdistill.errors import ConfigError
 from jaxdistill.text import Tokenizer
@@ -39,7 +40,8 @@ class _Side:
     def lines(self, label: str) -> list[str]:
         roles = ", ".join(f"{role} {text}" for role, text in self.roles.items()) or "none known"
         first = f"{label}  {self.path} ({self.tokenizer.family}, {self.tokenizer.vocab_size:,} ids)"
-        return [first, f"  roles  {roles}"]
+        lacks = self.tokenizer.missing_bytes.hex(" ")
+        return [first, f"  roles  {roles}", *([f"  cannot write the bytes  {lacks}"] if lacks else [])]
 
 
 def _load(path: str, overrides: Mapping[str, str]) -> _Side:
@@ -106,9 +108,9 @@ def _run(arguments: argparse.Namespace) -> None:
     student = _load(chosen.student, chosen.student_roles)
     teacher = _load(chosen.teacher, chosen.teacher_roles)
     rows = compare(student.tokenizer, teacher.tokenizer, chosen.texts)
-    notes = [RUN_NOTE] if arguments.run else []
+    notes = [*lost_bytes(rows), *([RUN_NOTE] if arguments.run else [])]
     lines = [*student.lines("student"), *teacher.lines("teacher")]
-    print("\n".join([*lines, "", table(rows), "", NOTE, *notes]))
+    print(printable("\n".join([*lines, "", table(rows), "", NOTE, *notes])))
     if arguments.html is not None:
         _write(arguments.html, render_page(rows, student.name, teacher.name, [*lines, *notes]))
         print(arguments.html)

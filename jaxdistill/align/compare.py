@@ -31,12 +31,14 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The responses of one kind. `tokens_per_second` is the alignment's own speed on one core, in
+    """The responses of one kind. `lost` bytes of their texts the student's tokenizer cannot write: they
+    are in no response. `tokens_per_second` is the alignment's own speed on one core, in
     student tokens, over the texts joined and repeated to at least 16,384 tokens."""
 
     kind: str
     responses: Sequence[Aligned]
     tokens_per_second: float
+    lost: int = 0
 
     @property
     def student_tokens(self) -> int:
@@ -111,14 +113,17 @@ def _sizes(chunks: Int32[np.ndarray, " N"], count: int) -> Int64[np.ndarray, " C
 
 
 def compare(student: Tokenizer, teacher: Tokenizer, texts: Texts) -> list[Comparison]:
-    """Encodes each text as plain content with both tokenizers and aligns it, kind by kind."""
+    """Each text as a response the student would have written: encoded as plain content by the student's
+    tokenizer, its bytes by the teacher's, and aligned; kind by kind."""
     return [_compare_kind(kind, student, teacher, contents) for kind, contents in texts.items()]
 
 
 def _compare_kind(kind: str, student: Tokenizer, teacher: Tokenizer, contents: Sequence[bytes]) -> Comparison:
-    pairs = list(zip(student.encode_batch(contents), teacher.encode_batch(contents), strict=True))
-    responses = [Aligned(mine, other, align(mine, other)) for mine, other in pairs]
-    return Comparison(kind, responses, _speed(responses))
+    mine = student.encode_batch(contents)
+    theirs = teacher.encode_batch([one.data for one in mine])
+    responses = [Aligned(one, other, align(one, other)) for one, other in zip(mine, theirs, strict=True)]
+    lost = sum(map(len, contents)) - sum(len(one.data) for one in mine)
+    return Comparison(kind, responses, _speed(responses), lost)
 
 
 def _speed(responses: Sequence[Aligned]) -> float:
@@ -140,14 +145,23 @@ HEADER = ("text", "tokens", "exact", "chunk", "unaligned", "coverage", "mean chu
 def cells(row: Comparison) -> tuple[str, ...]:
     """One row of the table as text, in the order of `HEADER`; token counts are student : teacher."""
     mean, longest = row.mean_chunk, row.longest_chunk
+    counts = f"{row.student_tokens:,} : {row.teacher_tokens:,}"
+    if not row.student_tokens:
+        return row.kind, counts, *["-"] * (len(HEADER) - 2)
     return (
         row.kind,
-        f"{row.student_tokens:,} : {row.teacher_tokens:,}",
+        counts,
         *(f"{100 * share:.1f} %" for share in (row.exact, row.chunk, row.unaligned, row.coverage)),
         f"{mean[0]:.2f} : {mean[1]:.2f}",
         f"{longest[0]} : {longest[1]}",
         f"{row.tokens_per_second / 1e6:.1f}",
     )
+
+
+def lost_bytes(rows: Sequence[Comparison]) -> list[str]:
+    """A line for people on the bytes that the student's tokenizer left out; none where it wrote them all."""
+    kinds = [f"{row.kind} ({row.lost:,})" for row in rows if row.lost]
+    return [f"bytes the student's tokenizer cannot write, left out: {', '.join(kinds)}"] if kinds else []
 
 
 def table(rows: Sequence[Comparison]) -> str:

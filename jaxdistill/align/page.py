@@ -5,19 +5,14 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from jaxdistill.align.compare import HEADER, Aligned, Comparison, cells
-from jaxdistill.align.view import AlignmentRow, alignment_rows, pieces
-from jaxdistill.records import TokenSpans
+from jaxdistill.align.view import LOOKS, AlignmentRow, alignment_rows, pieces
+from jaxdistill.records import Alignment, TokenSpans
 
 MOST_CHUNKS = 2000  # of one kind of text; a browser lays out a few ten thousand boxes with ease
-_MEANING = {
-    "exact": "one token to one",
-    "chunk": "several tokens, same bytes",
-    "role": "role, aligned by meaning",
-    "unaligned": "no partner",
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ def render_page(rows: Sequence[Comparison], student: str, teacher: str, notes: S
         notes=notes,
         header=HEADER,
         table=[(cells(row), _shares(row)) for row in rows],
-        legend=list(_MEANING.items()),
+        looks=LOOKS,
         sections=[_section(row) for row in rows],
     )
 
@@ -70,12 +65,30 @@ def _shares(row: Comparison) -> list[tuple[str, float]]:
 def _section(row: Comparison) -> _Section:
     responses, room, hidden = [], MOST_CHUNKS, 0
     for one in row.responses:
-        pairs = list(_pairs(one))
+        chunks = one.alignment.num_chunks
         if room:
-            responses.append(pairs[:room])
-        hidden += max(len(pairs) - room, 0)
-        room = max(room - len(pairs), 0)
+            responses.append(list(_pairs(_beginning(one, room))))
+        hidden += max(chunks - room, 0)
+        room = max(room - chunks, 0)
     return _Section(row.kind, responses, hidden)
+
+
+def _beginning(one: Aligned, chunks: int) -> Aligned:
+    """The first `chunks` chunks, with what stands without a partner before and between them."""
+    full = one.alignment
+    if full.num_chunks <= chunks:
+        return one
+    mine = int(np.argmax(full.student_chunk >= chunks))
+    other = int(np.argmax(full.teacher_chunk >= chunks))
+    cut = Alignment(
+        full.student_chunk[:mine],
+        full.teacher_chunk[:other],
+        chunks,
+        full.exact[:chunks],
+        full.shared_prefix[:mine],
+        full.coverage,
+    )
+    return Aligned(one.student.head(mine), one.teacher.head(other), cut)
 
 
 def _pairs(one: Aligned) -> Iterator[_Pair]:
@@ -90,8 +103,9 @@ def _pairs(one: Aligned) -> Iterator[_Pair]:
 
 def _detail(row: AlignmentRow) -> str:
     if row.chunk < 0:
-        return _MEANING[row.kind]
-    return f"chunk {row.chunk}: {_MEANING[row.kind]}, {len(row.student)} student : {len(row.teacher)} teacher"
+        return LOOKS[row.kind].meaning
+    counts = f"{len(row.student)} student : {len(row.teacher)} teacher"
+    return f"chunk {row.chunk}: {LOOKS[row.kind].meaning}, {counts}"
 
 
 def _tokens(spans: TokenSpans) -> Iterator[_Token]:

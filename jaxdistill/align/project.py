@@ -3,14 +3,10 @@
 Letters: R student tokens, S teacher tokens, C chunks.
 """
 
-from typing import Literal
-
 import numpy as np
 
 from jaxdistill.errors import AlignmentError, TeacherContractError
-from jaxdistill.records import Alignment, Targets, TeacherScores
-
-Signal = Literal["chunk", "exact"]
+from jaxdistill.records import Alignment, Signal, Targets, TeacherScores
 
 
 def _check(scores: TeacherScores, alignment: Alignment) -> None:

@@ -168,7 +168,9 @@ def _parts(rollout: Rollout, tokenizer: Tokenizer) -> list[bytes | str | TokenSp
     """The response in order: stretches of content as bytes, role tokens as the role's name; or all of
     it as sampled, where both sides have one vocabulary."""
     response = rollout.response
-    if rollout.vocabulary == tokenizer.vocab_fingerprint:
+    # Models of one tokenizer pad it differently: an id from the student's padding may not exist there.
+    fits = not len(response) or int(response.ids.max()) < tokenizer.vocab_size
+    if fits and rollout.vocabulary == tokenizer.vocab_fingerprint:
         return [response]
     parts: list[bytes | str | TokenSpans] = []
     begin = 0  # byte where the content not yet taken starts

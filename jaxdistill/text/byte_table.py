@@ -6,6 +6,7 @@ Letters: V vocabulary ids, N tokens.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -121,6 +122,11 @@ class ByteTable:
     pieces: tuple[bytes, ...]
     lengths: Int64[np.ndarray, " V"]
     byte_ids: Int32[np.ndarray, " 256"]  # the token that stands for exactly this byte, -1 where there is none
+
+    @cached_property
+    def missing(self) -> bytes:
+        """The bytes no token stands for, in rising order; usually none."""
+        return bytes(np.flatnonzero(self.byte_ids < 0).astype(np.uint8))
 
     def join(self, ids: Int32[np.ndarray, " N"]) -> tuple[bytes, Int64[np.ndarray, " N"]]:
         """Bytes of the ids one after another, and the byte offset at which each of them ends."""

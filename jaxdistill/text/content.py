@@ -8,6 +8,7 @@ Letters: V vocabulary ids, N tokens.
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,12 @@ from tokenizers import Tokenizer as RawTokenizer
 from jaxdistill.errors import ConfigError
 from jaxdistill.text.byte_table import SPACE_MARK, ByteTable
 
+logger = logging.getLogger(__name__)
+
+# What UTF-8 writes text with: tab, line ends, and every character that Unicode assigns. No other control
+# characters, no bytes that only unassigned or private characters begin with (0xEE, 0xF1, 0xF2, 0xF4), and
+# none that UTF-8 never holds.
+ORDINARY = bytes([9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xEE), 0xEF, 0xF0, 0xF3])
 # One piece of everything that has broken a tokenizer: every line is encoded at load and must come back.
 SELF_TEST = (
     "Hello world, it's 12345 + 67890 = 80235.",
@@ -62,12 +69,13 @@ def _strip_pre_tokenizer(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _quiet_model(model: dict[str, Any], control: frozenset[int]) -> dict[str, Any]:
-    """A Unigram model picks its pieces by score, and a special piece or `<0x41>` typed as text would win."""
+    """The model without chance, and without control pieces that typed text could be taken for."""
     if model.get("type") != "Unigram":
         return {**model, "dropout": None}
-    byte_piece = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+    # It takes the likeliest pieces, and special ones would win. They are given a name that no text holds and
+    # keep their scores: an unknown character costs ten more than the least of all scores.
     vocabulary = [
-        [piece, -1000.0 if index in control or byte_piece.fullmatch(piece) else score]
+        [f"\uffff{piece}\uffff" if index in control else piece, score]
         for index, (piece, score) in enumerate(model["vocab"])
     ]
     return {**model, "vocab": vocabulary}
@@ -89,6 +97,22 @@ def content_document(document: Mapping[str, Any], control: frozenset[int]) -> di
     return plain
 
 
+def _check_missing(missing: bytes, where: str) -> None:
+    """Says which bytes no token stands for; they are left out, and the aligner marks the places.
+
+    Raises ConfigError when ordinary text needs one of them: a student's words would be lost.
+    """
+    if lost := [byte for byte in missing if byte in ORDINARY]:
+        raise ConfigError(
+            f"{where}: no token stands for {len(lost)} of the {len(ORDINARY)} bytes that ordinary text is "
+            f"made of (the first is 0x{lost[0]:02X}), and they would be lost from it; expected a token for "
+            "each: byte-level BPE trained with the whole byte alphabet, or <0xNN> pieces, that are "
+            "neither flagged special nor given a role"
+        )
+    if missing:
+        logger.warning("%s: no token stands for the bytes %s; they are left out", where, missing.hex(" "))
+
+
 class ContentEncoder:
     """Total on any bytes: valid text through the tokenizer, the rest as byte tokens."""
 
@@ -97,9 +121,10 @@ class ContentEncoder:
     ) -> None:
         """`control[id]` marks tokens that content must never contain.
 
-        Raises ConfigError if the self-test fails.
+        Raises ConfigError if bytes of ordinary text have no token, or the self-test fails.
         """
         self._table = table
+        _check_missing(table.missing, where)
         self._control = control
         plain = content_document(document, frozenset(np.flatnonzero(control).tolist()))
         self._raw = RawTokenizer.from_str(json.dumps(plain))
@@ -117,11 +142,10 @@ class ContentEncoder:
         return ids
 
     def _self_test(self, where: str) -> None:
-        missing = bytes(np.flatnonzero(self._table.byte_ids < 0).astype(np.uint8))
         for text in SELF_TEST:
             wanted = text.encode()
-            if any(byte in missing for byte in wanted):
-                continue  # no token stands for it; such bytes are left out and the aligner marks them
+            if any(byte in self._table.missing for byte in wanted):
+                continue  # a control character that is left out, see `_check_missing`
             ids = self._plain_ids([text])[0]
             if self._control[ids].any():
                 continue  # a role given to an ordinary piece: such text is mended, see `_mend`

@@ -1,6 +1,7 @@
 """Reads what a tokenizer folder holds; nothing here interprets it."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def locate(path: str) -> Path:
 
     Raises ConfigError when it is neither.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(path):
@@ -60,12 +61,19 @@ def locate(path: str) -> Path:
         ) from error
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not readable as UTF-8 ({error}); fetch the file again") from error
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: not readable as JSON ({error}); fetch the file again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a JSON object, got {type(content).__name__}")
@@ -84,16 +92,25 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         found = {str(name): str(template) for name, template in entry.items()}
     file = folder / "chat_template.jinja"
     if file.is_file():
-        found["default"] = file.read_text(encoding="utf-8")
+        found["default"] = _read_text(file)
     return found
 
 
 def read_files(path: str) -> TokenizerFiles:
     """Reads the tokenizer of a folder or hub id.
 
-    Raises ConfigError when the folder, its tokenizer.json, or valid JSON is missing.
+    Raises ConfigError when the folder, its tokenizer.json, or valid JSON is missing, or it cannot be read.
     """
-    folder = locate(path)
+    try:
+        return _read(locate(path))
+    except OSError as error:  # a name longer than the system allows, a file nobody may read
+        raise ConfigError(
+            f"{path[:100]}{'...' if len(path) > 100 else ''}: cannot be read ({error.strerror}); expected a "
+            "readable folder with tokenizer.json, or a hub id"
+        ) from error
+
+
+def _read(folder: Path) -> TokenizerFiles:
     main = folder / "tokenizer.json"
     if not main.is_file():
         raise ConfigError(
@@ -107,7 +124,7 @@ def read_files(path: str) -> TokenizerFiles:
     config = {**special_map, **_read_json(folder / "tokenizer_config.json")}
     return TokenizerFiles(
         where=str(folder),
-        source=main.read_text(encoding="utf-8"),
+        source=_read_text(main),
         document=document,
         config=config,
         generation=_read_json(folder / "generation_config.json"),

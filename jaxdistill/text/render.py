@@ -13,7 +13,11 @@ from jaxdistill.text.sandbox import Limits, Outcome
 
 logger = logging.getLogger(__name__)
 
-_SENTINEL = "Zq7system"
+# Two system turns unlike in their words and length, and as long as real ones.
+_SYSTEM_TURNS = (
+    "You are a helpful assistant who answers in as few words as the question allows.",
+    "Reply in verse, whatever the user asks of you, and never speak of the weather or of the time of day.",
+)
 _SYSTEM_ROLES = ("system", "developer")
 
 
@@ -72,6 +76,12 @@ class ChatTemplate:
                 return second.text
         return self._text(messages, outcome)
 
+    def probe(self, messages: Sequence[Message]) -> str | None:
+        """What the template makes of the messages and a generation prompt, with no system turn folded and
+        nothing logged; None where it refuses them."""
+        outcome = self._run(messages, {"add_generation_prompt": True, "tools": None, "documents": None})
+        return outcome.text if outcome.kind == "text" else None
+
     def _run(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> Outcome:
         name = "tool_use" if arguments.get("tools") and "tool_use" in self.templates else "default"
         if name not in self.templates:
@@ -87,7 +97,7 @@ class ChatTemplate:
             ) from error
 
     def _drops_system_turn(self, role: str, arguments: Mapping[str, Any]) -> bool:
-        """Whether the text of a system turn is absent from what the template makes; asked once.
+        """Whether it is all one to the template what a system turn says; asked once.
 
         Some templates walk over user and assistant turns alone: the model would never see the instructions.
         """
@@ -95,9 +105,11 @@ class ChatTemplate:
             [role, {**arguments, "tools": bool(arguments["tools"])}], default=str, sort_keys=True
         )
         if key not in self._drops:
-            probe = [{"role": role, "content": _SENTINEL}, {"role": "user", "content": "Hi"}]
-            outcome = self._run(probe, arguments)
-            self._drops[key] = outcome.kind == "text" and _SENTINEL not in outcome.text
+            user = {"role": "user", "content": "Hi"}
+            first, second = (
+                self._run([{"role": role, "content": text}, user], arguments) for text in _SYSTEM_TURNS
+            )
+            self._drops[key] = first.kind == "text" and first == second
         return self._drops[key]
 
     def _warn_of_tools(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:

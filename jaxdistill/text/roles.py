@@ -15,7 +15,8 @@ from jaxdistill.text.render import ChatTemplate
 logger = logging.getLogger(__name__)
 
 # What a mark is called inside its brackets and bars, most usual first; see `_mark_name`. Families agree on
-# the words where they differ in the punctuation: Qwen <think>, Mistral [THINK].
+# the words where they differ in the punctuation: Qwen <think>, Mistral [THINK]. A whole token stands where
+# the word alone could mean anything.
 _MARKS: Mapping[str, tuple[str, ...]] = {
     "think_open": ("think",),
     "think_close": ("/think",),
@@ -26,36 +27,59 @@ _MARKS: Mapping[str, tuple[str, ...]] = {
     "tool_argument": ("tool_sep", "tool_call_argument_begin", "args"),
     "tool_result_open": ("tool_response", "tool_output_begin", "tool_results"),
     "tool_result_close": ("/tool_response", "tool_output_end", "/tool_results"),
-    "end_of_call": ("eom_id", "call"),
+    "end_of_call": ("eom_id", "<|call|>"),
 }
 _FENCED = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # <|x|>, and with full-width bars as in DeepSeek
 _BRACKETED = re.compile(r"[<\[]/?[^\s<>\[\]]*[A-Za-z][^\s<>\[\]]*[>\]]")
 _FENCE = re.compile(r"(?:<[|\uff5c]|<|\[)(/?)([^|\uff5c<>\[\]]+)(?:[|\uff5c]>|>|\])")
 ENDS = ("end_of_turn", "end_of_call")  # the roles that end an assistant's turn
-_SENTINEL = "Zq7sentinel"
+_SENTINEL = "7183940526"  # found again also where a template changes the case
+_USER = {"role": "user", "content": "Hi"}
+_ASSISTANT = {"role": "assistant", "content": _SENTINEL}
+_CALL = {
+    "type": "function",
+    "id": "a1b2c3d4e",
+    "function": {"name": "count", "arguments": {"what": "apples"}},
+}
+# Chats that begin with the sentinel and show what a template writes between messages.
+_SHOWN_BETWEEN = (
+    [{**_USER, "content": _SENTINEL}, {**_ASSISTANT, "content": "Hello"}, _USER],
+    [
+        {**_USER, "content": _SENTINEL},
+        {"role": "assistant", "content": "", "reasoning_content": "So", "tool_calls": [_CALL]},
+        {"role": "tool", "content": "12", "name": "count", "tool_call_id": _CALL["id"]},
+    ],
+)
 
 
-def control_ids(document: Mapping[str, Any], template: str) -> frozenset[int]:
+def control_ids(document: Mapping[str, Any], template: ChatTemplate) -> frozenset[int]:
     """Added tokens that steer a model and are no text: special ones, and marks nobody flagged as special.
 
     Qwen's `<tool_call>` and DeepSeek's user mark are not flagged special, Gemma's space runs and HTML
     tags are not either. A mark is fenced (`<|x|>`), or bracketed and either put outside the model's own
-    vocabulary or used by the chat template.
+    vocabulary or written by the chat template between messages. What the template says elsewhere (comments,
+    instructions before the chat) may well be words: `answer in <b>bold</b>`.
     """
     vocabulary = model_vocabulary(document["model"])
+    control: set[int] = set()
+    unsure: dict[str, int] = {}
+    for entry in document.get("added_tokens") or []:
+        content, index = entry["content"], entry["id"]
+        bracketed = _BRACKETED.fullmatch(content)
+        if entry.get("special") or _FENCED.fullmatch(content) or (bracketed and content not in vocabulary):
+            control.add(index)
+        elif bracketed:
+            unsure[content] = index
+    if unsure and template.source:
+        shown = [template.probe(chat) or "" for chat in _SHOWN_BETWEEN]
+        between = "\n".join(text.partition(_SENTINEL)[2] for text in shown)
+        control |= {index for content, index in unsure.items() if content in between}
+    return frozenset(control)
 
-    def is_control(entry: Mapping[str, Any]) -> bool:
-        content = entry["content"]
-        if entry.get("special") or _FENCED.fullmatch(content):
-            return True
-        return bool(_BRACKETED.fullmatch(content)) and (content not in vocabulary or content in template)
 
-    return frozenset(entry["id"] for entry in document.get("added_tokens") or [] if is_control(entry))
-
-
-def _mark_name(token: str | None) -> str:
+def _mark_name(token: str) -> str:
     """A control token's name without its fence: <|x|>, <x>, [X]; "/x" for a closing one."""
-    match = _FENCE.fullmatch(token or "")
+    match = _FENCE.fullmatch(token)
     return (match[1] + match[2]).replace(SPACE_MARK, "_").lower() if match else ""
 
 
@@ -80,7 +104,8 @@ def assign_roles(
                 "give a token's exact string"
             )
         roles[role] = index
-    named = {_mark_name(raw.id_to_token(index)): index for index in sorted(control, reverse=True)}
+    tokens = {raw.id_to_token(index) or "": index for index in sorted(control, reverse=True)}
+    named = {**{_mark_name(token): index for token, index in tokens.items()}, **tokens}
     for role, names in _MARKS.items():
         # A token that the overrides give another role is not also what its name says.
         found = [named[name] for name in names if name in named and named[name] not in roles.values()]
@@ -97,23 +122,39 @@ def find_end_of_turn(raw: RawTokenizer, template: ChatTemplate, control: frozens
     """The control token the chat template puts right behind an assistant's message.
 
     The template is the only witness: `eos_token` often names the end of a document, not of a turn.
+
+    Raises ConfigError where there is none, or where it opens the next turn.
     """
     remedy = 'name it in the configuration: roles: {"end_of_turn": "<token>"}'
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _SENTINEL}]
     try:
-        text = template.render(messages, add_generation_prompt=False)
+        text = template.render([_USER, _ASSISTANT], add_generation_prompt=False)
     except DataError as error:
         raise ConfigError(f"the end of turn cannot be derived; {remedy}. {error}") from error
-    _, found, after = text.rpartition(_SENTINEL)
+    before, found, after = text.rpartition(_SENTINEL)
     ids = raw.encode(after.lstrip(), add_special_tokens=False).ids if found else []
     # A dummy prefix puts a space of its own before a mark that is matched after normalisation.
     first = next((index for index in ids if raw.id_to_token(index) != SPACE_MARK), None)
-    if first is not None and first in control:
+    if first is None or first not in control:
+        reason = "does not begin with a control token"
+    elif _opens_turns(raw.id_to_token(first) or "", before, template):
+        reason = "begins with a token that opens turns, as before the assistant's message"
+    else:
         return first
     raise ConfigError(
-        f"{template.where}: behind an assistant message the chat template puts {after[:40]!r}, which does "
-        f"not begin with a control token, so the end of turn is unknown; {remedy}"
+        f"{template.where}: behind an assistant message the chat template puts {after[:40]!r}, which "
+        f"{reason}, so the end of turn is unknown; {remedy}"
     )
+
+
+def _opens_turns(mark: str, before: str, template: ChatTemplate) -> bool:
+    """Whether a mark found behind the assistant's message opens turns, in a template that opens the next one
+    whether asked to or not: it begins the chat (behind the BOS); or it stands before the message too, and
+    no longer behind it once a user's turn follows.
+    """
+    if before.removeprefix(template.variables.get("bos_token", "")).startswith(mark):
+        return True
+    longer = template.probe([_USER, _ASSISTANT, _USER]) if mark in before else None
+    return longer is not None and not longer.rpartition(_SENTINEL)[2].lstrip().startswith(mark)
 
 
 def find_stop_ids(

@@ -38,6 +38,34 @@ def _open_raw(files: TokenizerFiles) -> RawTokenizer:
     return raw
 
 
+def _check_ids(files: TokenizerFiles, raw: RawTokenizer) -> None:
+    """Raises ConfigError where the file and the library differ about an id, or two tokens share one.
+
+    The library reads the model's pieces as they are listed but numbers added tokens itself, and then renders
+    prompts with other ids than the tables here are made of.
+    """
+    added = {entry["content"]: entry["id"] for entry in files.document.get("added_tokens") or []}
+    remedy = "write the file anew with save_pretrained() of the tokenizer that the model was trained with"
+    for content, listed in added.items():
+        used = raw.token_to_id(content)
+        if used != listed:
+            raise ConfigError(
+                f"{files.where}: tokenizer.json lists the added token {content!r} as id {listed}, but the "
+                f"`tokenizers` library takes it for {used}; {remedy}"
+            )
+    ids = {**model_vocabulary(files.document["model"]), **added}
+    if len(set(ids.values())) == len(ids):
+        return
+    seen: dict[int, str] = {}
+    for piece, index in ids.items():
+        if index in seen:
+            raise ConfigError(
+                f"{files.where}: id {index} stands for both {seen[index]!r} and {piece!r} in tokenizer.json; "
+                f"{remedy}"
+            )
+        seen[index] = piece
+
+
 def _vocabulary_size(files: TokenizerFiles) -> int:
     """One more than the highest id; a model's vocabulary may be padded beyond its tokenizer's."""
     added = [entry["id"] for entry in files.document.get("added_tokens") or []]
@@ -61,9 +89,10 @@ class Tokenizer:
         self._files = files
         family = detect_family(files.document, files.where)
         self._raw = _open_raw(files)
+        _check_ids(files, self._raw)
         template = ChatTemplate(files.where, files.templates, special_strings(files.config))
         self._template = template
-        control = control_ids(files.document, template.source)
+        control = control_ids(files.document, template)
         self.roles: Mapping[str, int] = assign_roles(self._raw, template, control, roles)
         self.control: frozenset[int] = control | frozenset(self.roles.values())
         self.stop_ids: frozenset[int] = find_stop_ids(
@@ -96,8 +125,9 @@ class Tokenizer:
 
     @property
     def missing_bytes(self) -> bytes:
-        """Bytes no token of this vocabulary stands for; `encode` has to leave them out. Usually none."""
-        return bytes(np.flatnonzero(self._table.byte_ids < 0).astype(np.uint8))
+        """Bytes no token of this vocabulary stands for; `encode` has to leave them out. Usually none, and
+        never one that ordinary text needs: such a tokenizer is refused."""
+        return self._table.missing
 
     def token_bytes(self, ids: Sequence[int] | Int32[np.ndarray, " N"]) -> list[bytes]:
         """Content bytes of each id; b"" for control tokens and for ids the vocabulary has no entry for.
@@ -185,7 +215,9 @@ class Tokenizer:
             return self._checked_text(rendered)
 
         ends = end_strings(self.control_strings, [self.roles[r] for r in ENDS if r in self.roles], self.where)
-        return self._turn_encoder.encode(*find_turns(messages, text, ends, self.where, last_only=last_only))
+        quoted, typed = self._turn_encoder.set_aside(messages)
+        whole, turns = find_turns(quoted, text, ends, self.where, last_only=last_only)
+        return self._turn_encoder.encode(whole, turns, typed)
 
     @cached_property
     def control_strings(self) -> dict[str, int]:
@@ -222,9 +254,12 @@ class Tokenizer:
 
     @cached_property
     def vocab_fingerprint(self) -> str:
-        """sha256 of all that decides how text becomes ids; equal means "the same tokenizer"."""
+        """sha256 of all that decides how text becomes ids, and of which id ends a turn; equal means that one
+        model can read the other's ids as they are. (A base model that ends with <|endoftext|> has another
+        one than the chat model of the same vocabulary: there its end is mapped by role.)"""
         document = self._files.document
-        return _digest([*self._identity, document.get("normalizer"), document.get("pre_tokenizer")])
+        parts = [document.get("normalizer"), document.get("pre_tokenizer"), self.roles.get("end_of_turn")]
+        return _digest([*self._identity, *parts])
 
     @property
     def _identity(self) -> list[Any]:

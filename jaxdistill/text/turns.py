@@ -4,9 +4,11 @@ Letters: P ids of the chat.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -38,20 +40,11 @@ class RenderedTurns:
         return mask
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Where one assistant turn lies in the chat's text, in characters; and its message's own text."""
-
-    start: int
-    stop: int
-    content: str
-
-
 def find_turns(
     messages: Sequence[Message], render: Render, ends: Sequence[str], where: str, *, last_only: bool = False
-) -> tuple[str, list[Turn]]:
-    """The chat's text and its assistant turns (or the last of them alone), from renderings of the chat's
-    beginnings.
+) -> tuple[str, list[range]]:
+    """The chat's text and its assistant turns (or the last of them alone) as ranges of its characters, from
+    renderings of the chat's beginnings.
 
     What a turn generates begins where the rendering of the messages before it, with a generation prompt,
     ends. It stops behind the last of the strings `ends` in the rendering up to the turn. Both beginnings
@@ -61,7 +54,7 @@ def find_turns(
     those do that leave earlier reasoning out): then no one sequence holds what each turn was generated from.
     """
     whole = render(messages, False)
-    turns: list[Turn] = []
+    turns: list[range] = []
     written = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
     for index in written[-1:] if last_only else written:
         if index == 0:
@@ -82,8 +75,7 @@ def find_turns(
             )
         if not whole.startswith(closed[:stop]):
             raise _rewritten(where, index, "what later messages make of it", closed[:stop], whole)
-        content = messages[index].get("content")
-        turns.append(Turn(len(opened), stop, content if isinstance(content, str) else ""))
+        turns.append(range(len(opened), stop))
     return whole, turns
 
 
@@ -118,20 +110,58 @@ class TurnEncoder:
         self._content_ids = content_ids
         self._control = control
         self._any_control = _alternatives(control)
-        self._any_mark = _alternatives(marks)
+        self._marks = marks
 
-    def encode(self, whole: str, turns: Sequence[Turn]) -> RenderedTurns:
-        """Ids of the chat; every turn is encoded apart from what stands before it, as generation does."""
+    def set_aside(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """The messages with digits in place of each control string that an assistant's message holds as text,
+        and the string they stand for: whatever control string a template then writes is its own.
+
+        Think and tool marks in the content are marks, since that is where data keeps them; in the reasoning
+        and in tool calls they are text like the others, for there the template writes the marks.
+        """
+        number = _unused_number(repr(messages))
+        typed: dict[str, str] = {}
+
+        def stand_in(match: re.Match[str]) -> str:
+            digits = f"{number}{self._control[match[0]]:09}"
+            typed[digits] = match[0]
+            return digits
+
+        def but_marks(match: re.Match[str]) -> str:
+            return match[0] if match[0] in self._marks else stand_in(match)
+
+        def quoted(message: Message) -> Message:
+            if message.get("role") != "assistant":
+                return message
+            return {
+                key: _replace(value, self._any_control, but_marks if key == "content" else stand_in)
+                for key, value in message.items()
+            }
+
+        return [quoted(message) for message in messages], typed
+
+    def encode(self, whole: str, turns: Sequence[range], typed: Mapping[str, str]) -> RenderedTurns:
+        """Ids of the chat; every turn is encoded apart from what stands before it, as generation does.
+
+        `turns` are ranges of characters of `whole`, `typed` is as `set_aside` gave it.
+        """
+        stand_ins = _alternatives(typed)
+
+        def restored(text: str) -> str:
+            return stand_ins.sub(lambda match: typed[match[0]], text)
+
         ids: list[int] = []
         ranges: list[range] = []
         position = 0
         for turn in turns:
-            ids += self._between(whole[:position], whole[position : turn.start])
+            ids += self._between(whole[:position], restored(whole[position : turn.start]))
             first = len(ids)
-            ids += self._written(whole[turn.start : turn.stop], turn.content.strip())
+            for text, mark in self._split(whole[turn.start : turn.stop]):
+                ids += self._content_ids(restored(text))
+                ids += [self._control[mark]] if mark else []
             ranges.append(range(first, len(ids)))
             position = turn.stop
-        ids += self._between(whole[:position], whole[position:])
+        ids += self._between(whole[:position], restored(whole[position:]))
         return RenderedTurns(np.asarray(ids, np.int32), tuple(ranges))
 
     def _between(self, before: str, text: str) -> list[int]:
@@ -142,46 +172,37 @@ class TurnEncoder:
         ids = self._prompt_ids(mark + text)
         return ids[ids.index(self._control[mark]) + 1 :]
 
-    def _written(self, text: str, content: str) -> list[int]:
-        """Ids of one assistant turn. In the message's own words only think and tool marks are marks; any
-        other control string there was typed as text, and stays text."""
-        start, stop = self._place(text, content)
-        parts = self._split(text[:start], self._any_control)
-        parts += self._split(text[start:stop], self._any_mark)
-        parts += self._split(text[stop:], self._any_control)
-        ids: list[int] = []
-        pending = ""
-        for part, is_mark in parts:
-            if not is_mark:
-                pending += part  # what the template and the message wrote side by side is one text
-                continue
-            ids += [*self._content_ids(pending), self._control[part]]
-            pending = ""
-        return ids + self._content_ids(pending)
-
-    def _place(self, text: str, content: str) -> tuple[int, int]:
-        """Where the message's own words stand in the turn; an empty stretch at its end if they do not.
-
-        A message "think" must not be found inside the template's <think>.
-        """
-        inside = {i for m in self._any_control.finditer(text) for i in range(m.start() + 1, m.end())}
-        start = text.find(content) if content else -1
-        while start in inside:
-            start = text.find(content, start + 1)
-        return (start, start + len(content)) if start >= 0 else (len(text), len(text))
-
-    @staticmethod
-    def _split(text: str, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
-        """Stretches of `text` in order, and whether each is a match."""
-        parts: list[tuple[str, bool]] = []
+    def _split(self, text: str) -> list[tuple[str, str]]:
+        """Stretches of text in order, each with the control string behind it; "" behind the last."""
+        parts: list[tuple[str, str]] = []
         position = 0
-        for match in pattern.finditer(text):
-            parts += [(text[position : match.start()], False), (match[0], True)]
+        for match in self._any_control.finditer(text):
+            parts.append((text[position : match.start()], match[0]))
             position = match.end()
-        return [*parts, (text[position:], False)]
+        return [*parts, (text[position:], "")]
 
 
-def _alternatives(strings: Mapping[str, int] | frozenset[str]) -> re.Pattern[str]:
+def _unused_number(text: str) -> str:
+    """Ten digits that `text` does not hold. They stay what they are in any template: cased, trimmed, in JSON.
+
+    All of them differ, so the number cannot overlap itself and is found again among other digits.
+    """
+    return next(number for digits in permutations("0123456789") if (number := "".join(digits)) not in text)
+
+
+def _replace(value: Any, pattern: re.Pattern[str], replacement: Callable[[re.Match[str]], str]) -> Any:
+    """A JSON value with the matches in all its strings replaced."""
+    if isinstance(value, str):
+        return pattern.sub(replacement, value)
+    if isinstance(value, Mapping):
+        pairs = ((_replace(k, pattern, replacement), v) for k, v in value.items())
+        return {key: _replace(inner, pattern, replacement) for key, inner in pairs}
+    if isinstance(value, list | tuple):
+        return [_replace(inner, pattern, replacement) for inner in value]
+    return value
+
+
+def _alternatives(strings: Iterable[str]) -> re.Pattern[str]:
     # The longest first; a pattern without alternatives must match nothing.
     ordered = sorted(strings, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")

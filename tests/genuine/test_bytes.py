@@ -1,5 +1,6 @@
 """Bytes and ids of every genuine tokenizer: exact in both directions."""
 
+import json
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxdistill.text import Tokenizer
+from jaxdistill.text.byte_table import model_vocabulary
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Its decoder takes one leading space off again, which the tokenizer put there for a text's first word.
@@ -27,6 +29,13 @@ def without(data: bytes, missing: bytes) -> bytes:
 
 def test_missing_bytes_are_the_known_ones(genuine: Any, name: str) -> None:
     assert genuine[name].missing_bytes == bytes.fromhex(LACKS_BYTES.get(name, ""))
+
+
+def test_ids_are_those_the_library_uses(genuine: Any, name: str) -> None:
+    # Loading compares the added tokens alone: the library takes the model's pieces as they are listed.
+    document = json.loads((genuine.folder(name) / "tokenizer.json").read_text(encoding="utf-8"))
+    listed = {entry["content"]: entry["id"] for entry in document["added_tokens"]}
+    assert {**model_vocabulary(document["model"]), **listed} == genuine[name]._raw.get_vocab()
 
 
 def test_every_id_of_the_vocabulary_is_the_tokenizers_own_decoding(genuine: Any, name: str) -> None:
@@ -127,7 +136,7 @@ def test_control_strings_typed_as_text_are_text(
     genuine: Any, corpus: ModuleType, name: str, where: str
 ) -> None:
     tokenizer: Tokenizer = genuine[name]
-    own = [text for text in list(tokenizer._control_strings)[:40] if text]
+    own = [text for text in list(tokenizer.control_strings)[:40] if text]
     typed = [data.decode() for data in corpus.by_kind()["control_strings"]] + own
     contents = typed if where == "whole" else [f"so {text} it is" for text in typed]
     for content, spans in zip(contents, tokenizer.encode_batch(contents), strict=True):

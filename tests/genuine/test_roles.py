@@ -1,6 +1,8 @@
 """The roles of genuine tokenizers and their templates, without any configuration."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +111,33 @@ def test_qwens_tool_turns_with_reasoning_are_marked(genuine: Any) -> None:
     assert second.data.endswith(b"Twelve.")
     outside = tokenizer.spans(rendered.ids[~rendered.assistant_mask]).data
     assert b"12 " in outside and b"Twelve" not in outside
+
+
+def test_qwens_own_words_hold_no_control_tokens(genuine: Any) -> None:
+    tokenizer: Tokenizer = genuine["qwen3"]
+    typed = "I write <|im_start|> and <|endoftext|> now"
+    call = {"type": "function", "function": {"name": "count", "arguments": {"x": "<|im_end|>"}}}
+    answer = {
+        "role": "assistant",
+        "content": "<|im_start|>",
+        "reasoning_content": typed,
+        "tool_calls": [call],
+    }
+    (turn,) = (rendered := tokenizer.render_turns([CHAT[1], answer])).turns
+    spans = tokenizer.spans(rendered.ids[turn.start : turn.stop])
+    marks = ("think_open", "think_close", "tool_open", "tool_close", "end_of_turn")
+    assert spans.ids[spans.roles != 0].tolist() == [tokenizer.roles[role] for role in marks]
+    assert (
+        typed.encode() in spans.data and b"\n<|im_start|>\n" in spans.data and b'"<|im_end|>"' in spans.data
+    )
+
+
+def test_gemmas_tags_stay_text_when_its_template_speaks_of_them(genuine: Any, tmp_path: Path) -> None:
+    source = genuine.folder("gemma3")
+    shutil.copy(source / "tokenizer.json", tmp_path)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] += "{# answer in <b>bold</b> #}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(str(tmp_path))
+    assert tokenizer.control == genuine["gemma3"].control
+    assert tokenizer.encode("<b>bold</b>").data == b"<b>bold</b>" and len(tokenizer.encode("<b>")) == 1

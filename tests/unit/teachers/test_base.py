@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from jaxdistill.records import END_OF_TURN, OTHER_SPECIAL, ROLES, Rollout, TokenSpans
 from jaxdistill.teachers import BUILDERS, TeacherConfig, teacher_view
 from jaxdistill.teachers.base import teacher_views
-from jaxdistill.text import Tokenizer
+from jaxdistill.text import Tokenizer, concatenate
 
 URL = "http://127.0.0.1:30000"
 
@@ -112,6 +113,34 @@ def test_a_role_in_the_middle_splits_what_is_encoded(
     end = tokenizer.roles["end_of_turn"]
     assert response.ids.tolist() == [*tokenizer.encode(b"t").ids, end, *tokenizer.encode(b"he").ids]
     assert response.data == b"the"
+
+
+def test_the_same_vocabulary_with_another_end_of_turn_is_mapped_by_role(
+    tiny_model: Path, tokenizer: Tokenizer, rollout: Callable[..., Rollout]
+) -> None:
+    mark = next(text for text, i in tokenizer.control_strings.items() if i not in tokenizer.stop_ids)
+    base = Tokenizer.load(str(tiny_model), roles={"end_of_turn": mark})
+    assert base.vocab_fingerprint != tokenizer.vocab_fingerprint
+    response = concatenate([base.encode("the answer"), base.role_span("end_of_turn")])
+    one = replace(rollout("a"), response=response, vocabulary=base.vocab_fingerprint)
+    _, read = teacher_view(tokenizer, one)
+    assert read.ids[-1] == tokenizer.roles["end_of_turn"] != response.ids[-1]
+
+
+def test_an_id_of_the_student_s_padding_is_never_handed_to_the_teacher(
+    tokenizer: Tokenizer, rollout: Callable[..., Rollout]
+) -> None:
+    text = tokenizer.encode("the answer")
+    beyond = TokenSpans(
+        np.append(text.ids, np.int32(tokenizer.vocab_size)),
+        text.data,
+        np.append(text.ends, text.ends[-1]),
+        np.append(text.roles, np.int8(OTHER_SPECIAL)),
+    )
+    own = replace(rollout("a"), vocabulary=tokenizer.vocab_fingerprint)
+    assert teacher_view(tokenizer, replace(own, response=text))[1] is text
+    _, response = teacher_view(tokenizer, replace(own, response=beyond))
+    np.testing.assert_array_equal(response.ids, text.ids)
 
 
 def test_the_room_loads_no_jax() -> None:

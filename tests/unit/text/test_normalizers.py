@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from jaxdistill.align import align
 from jaxdistill.errors import ConfigError
-from jaxdistill.text import Tokenizer
+from jaxdistill.text import Tokenizer, concatenate
 
 # Every line is changed by at least one of the normalizers below.
 TEXTS = (
@@ -112,6 +112,27 @@ def test_unigram_pieces_typed_as_text_are_text(tokenizers: dict[str, Tokenizer],
     # A Unigram model takes the likeliest pieces, and a control piece's score would win.
     spans = tokenizers["unigram"].encode(text)
     assert spans.data == text.encode() and not spans.roles.any()
+
+
+def test_text_beside_a_typed_unigram_piece_keeps_its_own_pieces(tokenizers: dict[str, Tokenizer]) -> None:
+    # Were the control piece found first and mended after, all of its letters would become byte tokens.
+    tokenizer = tokenizers["unigram"]
+    parts = [tokenizer.encode(part) for part in ("<", "s", ">")]
+    assert tokenizer.encode("<s>").ids.tolist() == concatenate(parts).ids.tolist()
+
+
+def test_unigram_weighs_unknown_characters_as_the_genuine_model(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    # One unknown character and a likely piece, against two unlikely pieces and nothing unknown.
+    folder = shutil.copytree(folders["unigram"], tmp_path / "unlikely")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["vocab"] += [["QW", -40.0], ["XZ", -40.0], ["WXZ", -1.0]]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    wanted = raw.encode("QWXZ", add_special_tokens=False)
+    assert wanted.tokens == ["\u2581", "<0x51>", "WXZ"]
+    assert Tokenizer.load(str(folder)).encode(" QWXZ").ids.tolist() == wanted.ids
 
 
 def test_unigram_writes_unknown_characters_as_bytes(tokenizers: dict[str, Tokenizer]) -> None:

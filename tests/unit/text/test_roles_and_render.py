@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 
 from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.records import END_OF_TURN
 from jaxdistill.text import Tokenizer
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
@@ -118,6 +119,8 @@ def test_stop_ids_include_eos_ids_but_no_text(
         tokenizer = Tokenizer.load(str(folder))
     assert tokenizer.stop_ids == {eos, tokenizer.roles["end_of_turn"]}
     assert "eos_token_id 2" in caplog.text
+    # Whichever of them a model stops with, its turn has ended.
+    assert tokenizer.spans(sorted(tokenizer.stop_ids)).roles.tolist() == [END_OF_TURN] * 2
 
 
 def test_a_template_without_an_end_of_turn_asks_for_one(makers: ModuleType, tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_a_template_without_an_end_of_turn_asks_for_one(makers: ModuleType, tmp_
     folder = str(makers.write(tmp_path, base, template, {}))
     with pytest.raises(ConfigError, match=r"end of turn is unknown.*roles"):
         Tokenizer.load(folder)
-    assert Tokenizer.load(folder, roles={"end_of_turn": "!"}).roles == {"end_of_turn": 0}
+    assert list(Tokenizer.load(folder, roles={"end_of_turn": "\u0120apples"}).roles) == ["end_of_turn"]
 
 
 def test_without_a_template_only_rendering_is_refused(makers: ModuleType, tmp_path: Path) -> None:
@@ -188,6 +191,51 @@ def test_a_system_turn_left_out_without_a_word_is_folded(
     assert first == second == f"<|im_start|>user\n{content}\n\nHow many?<|im_end|>\n"
     assert sum("leaves a system turn out" in r.getMessage() for r in caplog.records) == 1
     assert "system turn" not in text(tokenizer, folder, messages[1:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "m['content'] | upper",
+        "m['content'][:20]",
+        "m['content'] | replace('e', '3')",
+        "m['content'] | length",
+    ],
+)
+def test_a_system_turn_that_is_changed_is_not_folded(
+    makers: ModuleType,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
+) -> None:
+    folder = shutil.copytree(folders["chatml"], tmp_path / "changing")
+    (folder / "chat_template.jinja").write_text(makers.CHATML.replace("m['content']", change))
+    tokenizer = Tokenizer.load(str(folder), roles={"end_of_turn": "<|im_end|>"})
+    with caplog.at_level(logging.WARNING):
+        assert text(tokenizer, folder, CHAT).startswith("<|im_start|>system\n")
+    assert not caplog.records
+
+
+def test_a_system_turn_that_only_counts_is_folded(folders: dict[str, Path], tmp_path: Path) -> None:
+    # With a system turn the user's is no longer the first, so this template makes something else of the chat.
+    folder = shutil.copytree(folders["chatml"], tmp_path / "counting")
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}{{ loop.index }}. "
+        "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    assert text(Tokenizer.load(str(folder)), folder, CHAT) == "1. Be brief.\n\nHow many?<|im_end|>\n"
+
+
+def test_the_tokenizers_own_file_names_its_special_tokens(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["chatml"], tmp_path / "named")
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}{{ pad_token }}<|im_end|>")
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<|im_start|>", "pad_token": "!"})
+    )
+    tokenizer = Tokenizer.load(str(folder), roles={"end_of_turn": "<|im_end|>"})
+    assert text(tokenizer, folder, CHAT) == "<|endoftext|>!<|im_end|>"
 
 
 def test_tools_a_template_has_no_place_for_are_said(

@@ -79,6 +79,30 @@ def test_an_evil_template_is_stopped_and_the_next_one_rendered(name: str) -> Non
     assert chat_template("{{ messages[1].content }}", SHORT).render(CHAT) == "How many?"
 
 
+def test_memory_is_limited_by_itself() -> None:
+    # A quarter of a GiB does not hold these characters; the time would do.
+    with pytest.raises(DataError, match="needed more memory than it is given"):
+        chat_template("{{ ('x' * 10 ** 9) | length }}", Limits(seconds=60.0, memory=1 << 28)).render(CHAT)
+
+
+def test_a_worker_nobody_waits_for_stops_itself() -> None:
+    worker = subprocess.Popen(
+        [sys.executable, "-I", str(sandbox._WORKER), str(1 << 28)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    request = {"template": EVIL["nested loops"], "values": {"messages": []}, "seconds": 0.1, "characters": 9}
+    try:
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        assert worker.wait(timeout=30) == -signal.SIGALRM
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
 def test_a_killed_worker_is_replaced() -> None:
     template = chat_template("{{ messages | length }}")
     assert template.render(CHAT) == "3"

@@ -1,20 +1,24 @@
 """Bytes and ids: exact in both directions, for every family."""
 
 import json
+import logging
 import shutil
+import unicodedata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.records import END_OF_TURN, OTHER_SPECIAL
 from jaxdistill.text import Tokenizer, concatenate
-from jaxdistill.text.content import SELF_TEST
+from jaxdistill.text.content import ORDINARY, SELF_TEST
 
 SHARED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 CONTROL_STRINGS = (
@@ -167,24 +171,111 @@ def test_padded_vocabulary_has_ids_without_bytes(folders: dict[str, Path], tmp_p
     assert tokenizer.spans([999]).roles.tolist() == [OTHER_SPECIAL]
 
 
-def test_bytes_without_a_token_are_left_out_and_nothing_else(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    # SmolLM2's vocabulary lacks 21 bytes. Here it is 0x07 ("\u0107" in the byte map) and 0xE2.
-    folder = shutil.copytree(folders["llama3"], tmp_path / "gaps")
+def lacking(folders: dict[str, Path], target: Path, *characters: str) -> Path:
+    """A byte-level tokenizer without these characters of the byte map, and so without their bytes."""
+    folder = shutil.copytree(folders["llama3"], target)
     document = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = document["model"]["vocab"]
-    for piece in [p for p in vocabulary if "\u0107" in p or "\u00e2" in p]:
+    for piece in [p for p in vocabulary if set(p) & set(characters)]:
         index = vocabulary.pop(piece)
         vocabulary[f"unused {index}"] = index
-    merges = [
-        m for m in document["model"]["merges"] if "\u0107" not in "".join(m) and "\u00e2" not in "".join(m)
-    ]
+    merges = [m for m in document["model"]["merges"] if not set("".join(m)) & set(characters)]
     document["model"]["merges"] = merges
     (folder / "tokenizer.json").write_text(json.dumps(document))
-    tokenizer = Tokenizer.load(str(folder))
-    assert tokenizer.missing_bytes == b"\x07\xe2"
-    assert tokenizer.encode("Tom\u2248 12\x07 apples\xff").data == b"Tom" + b"\x89\x88 12 apples\xc3\xbf"
+    return folder
+
+
+def test_bytes_without_a_token_are_left_out_and_nothing_else(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # SmolLM2's vocabulary lacks 21 bytes. Here it is 0x07 ("\u0107" in the byte map) and 0xF1.
+    with caplog.at_level(logging.WARNING):
+        tokenizer = Tokenizer.load(str(lacking(folders, tmp_path / "gaps", "\u0107", "\u00f1")))
+    assert tokenizer.missing_bytes == b"\x07\xf1"
+    assert tokenizer.encode("Tom\U00040000 12\x07 apples\xff").data == b"Tom\x80\x80\x80 12 apples\xc3\xbf"
+    said = [record.getMessage().partition("the bytes ")[2] for record in caplog.records]
+    assert said == ["07 f1; they are left out"]
+
+
+def test_ordinary_bytes_are_those_of_all_assigned_characters() -> None:
+    categories = {c: unicodedata.category(c) for c in map(chr, range(0x110000))}
+    used = (c for c, category in categories.items() if category not in ("Cc", "Cn", "Co", "Cs"))
+    assert set(ORDINARY) == set("".join(used).encode()) | set(b"\t\r\n")
+
+
+@pytest.mark.parametrize(("character", "byte"), [("\u00e2", "0xE2"), ("\u010a", "0x0A"), ("a", "0x61")])
+def test_a_vocabulary_that_lacks_a_byte_of_ordinary_text_is_refused(
+    folders: dict[str, Path], tmp_path: Path, character: str, byte: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"1 of the {len(ORDINARY)} bytes .*the first is {byte}\)"):
+        Tokenizer.load(str(lacking(folders, tmp_path / "lacking", character)))
+
+
+def test_a_tokenizer_without_byte_tokens_is_refused(makers: ModuleType, tmp_path: Path) -> None:
+    # Trained without the byte alphabet: it knows the bytes of its corpus alone.
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.train_from_iterator(makers.CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    with pytest.raises(ConfigError, match=r"no token stands for .* expected a token for each"):
+        Tokenizer.load(str(makers.write(tmp_path / "bare", raw, None, {})))
+    # Byte pieces that are flagged special are control tokens, which carry no bytes.
+    raw = makers.sentencepiece(["<s>"])
+    with pytest.raises(ConfigError, match="neither flagged special"):
+        Tokenizer.load(str(makers.write(tmp_path / "special", raw, None, {})))
+
+
+def test_a_role_that_takes_a_byte_from_the_text_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"0x21\).*nor given a role"):
+        Tokenizer.load(str(folders["chatml"]), roles={"end_of_turn": "!"})
+
+
+@pytest.mark.parametrize(
+    ("hole", "listed", "reason"),
+    [
+        (0, 20, "'<|end|>' as id 320, but the `tokenizers` library takes it for 300"),
+        (20, 20, "'<|end|>' as id 320, but the `tokenizers` library takes it for 300"),
+        (20, 0, "id 300 stands for both '.+' and '<|end|>'"),
+    ],
+)
+def test_ids_that_the_library_does_not_use_are_refused(
+    makers: ModuleType, tmp_path: Path, hole: int, listed: int, reason: str
+) -> None:
+    raw = makers.byte_level(tmp_path, digits=False, normalize=False)
+    size = 300
+
+    def edit(document: dict[str, Any]) -> None:
+        model = document["model"]
+        kept = {piece for piece, index in model["vocab"].items() if index < size}
+        model["merges"] = [m for m in model["merges"] if {*m, "".join(m)} <= kept]
+        model["vocab"] = {p: i + hole * (i >= 270) for p, i in model["vocab"].items() if p in kept}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = {"id": size + listed, "content": "<|end|>", "special": True, **flags}
+        document["added_tokens"] = [added]
+
+    folder = makers.write(tmp_path, raw, None, {}, edit)
+    with pytest.raises(ConfigError, match=reason.replace("|", r"\|")):
+        Tokenizer.load(str(folder))
+
+
+def test_an_added_word_leaves_the_white_space_beside_it(makers: ModuleType, tmp_path: Path) -> None:
+    raw = makers.byte_level(tmp_path, digits=False, normalize=False)
+    raw.add_tokens([AddedToken("zebra", lstrip=True, rstrip=True)])
+    tokenizer = Tokenizer.load(str(makers.write(tmp_path, raw, None, {})))
+    parts = [tokenizer.encode(part) for part in ("a  ", "zebra", "  b")]
+    assert len(parts[1]) == 1
+    spans = tokenizer.encode("a  zebra  b")
+    assert spans.data == b"a  zebra  b"
+    assert spans.ids.tolist() == concatenate(parts).ids.tolist()
+
+
+def test_a_response_is_cut_the_same_way_every_time(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["llama3"], tmp_path / "dropout")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["dropout"] = 0.9
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    text = "Tom has 12 apples and buys 30 more"
+    wanted = Tokenizer.load(str(folders["llama3"])).encode(text).ids.tolist()
+    assert Tokenizer.load(str(folder)).encode(text).ids.tolist() == wanted
 
 
 def test_concatenate_joins_bytes_and_ends(tokenizer: Tokenizer) -> None:
@@ -225,11 +316,21 @@ def test_a_missing_folder_is_one_clear_error(path: str) -> None:
         Tokenizer.load(path)
 
 
+def test_a_path_the_system_cannot_open_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"^a{100}\.\.\.: cannot be read \(File name too long\)"):
+        Tokenizer.load("a" * 5000)
+    with pytest.raises(ConfigError, match="no such folder"):
+        Tokenizer.load("~no-such-user/model")
+
+
 def test_a_folder_without_the_fast_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         Tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match="not readable as JSON"):
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff{}")
+    with pytest.raises(ConfigError, match="not readable as UTF-8"):
         Tokenizer.load(str(tmp_path))
 
 

@@ -118,6 +118,117 @@ def test_typed_control_strings_stay_text_and_think_marks_are_marks(tokenizers: d
     assert spans.ids[spans.roles != 0].tolist() == roles
 
 
+REASONING = TOOLS.replace("<think>\n\n</think>", "<think>{{ m['reasoning_content'] }}</think>")
+TYPED = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>")
+WORDS = st.lists(st.sampled_from([*TYPED, "0123456789", "0", "12", " ", "think", "\n"]), max_size=6)
+
+
+@pytest.mark.parametrize("where", ["content", "reasoning", "argument", "name", "key"])
+@pytest.mark.parametrize("typed", TYPED)
+def test_control_strings_in_the_assistants_words_are_text(
+    folders: dict[str, Path], tmp_path: Path, where: str, typed: str
+) -> None:
+    if where == "content" and typed not in TYPED[:3]:
+        return  # think and tool marks are marks there
+    tokenizer, folder = loaded(folders, tmp_path, REASONING)
+    words = {place: typed if place == where else place for place in ("content", "reasoning", "argument")}
+    arguments = {typed if where == "key" else "key": words["argument"]}
+    call = {"name": typed if where == "name" else "sum", "arguments": arguments}
+    answer = {"role": "assistant", "content": words["content"], "tool_calls": [call]}
+    rendered = tokenizer.render_turns([CHAT[0], {**answer, "reasoning_content": words["reasoning"]}, CHAT[2]])
+    (turn,) = rendered.turns
+    ids = rendered.ids[turn.start : turn.stop]
+    names = ["think_open", "think_close", "tool_open", "end_of_turn"]
+    assert [i for i in ids.tolist() if i in tokenizer.control] == [tokenizer.roles[n] for n in names]
+    shown = (
+        f"<think>{words['reasoning']}</think>\n\n{words['content']}<tool_call>{json.dumps(call)}<|im_end|>"
+    )
+    assert decode(folder, ids) == shown
+    assert sum(map(len, rendered.turns)) == rendered.assistant_mask.sum()
+
+
+def test_content_that_the_reasoning_holds_too_is_text(folders: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer, folder = loaded(folders, tmp_path, REASONING)
+    answer = {"role": "assistant", "content": "<|im_start|>", "reasoning_content": "say <|im_start|> x"}
+    rendered = tokenizer.render_turns([CHAT[0], answer])
+    ids = rendered.ids[rendered.turns[0].start :].tolist()
+    assert raw_id(folder, "<|im_start|>") not in ids
+    assert "say <|im_start|> x</think>\n\n<|im_start|><|im_end|>" in decode(folder, ids)
+
+
+def raw_id(folder: Path, token: str) -> int:
+    index = RawTokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
+    assert index is not None
+    return index
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=WORDS, reasoning=WORDS, argument=WORDS)
+def test_any_typed_marks_and_digits_come_back(
+    reasoner: Tokenizer, content: list[str], reasoning: list[str], argument: list[str]
+) -> None:
+    call = {"name": "sum", "arguments": {"what": "".join(argument)}}
+    answer = {"role": "assistant", "content": "".join(content), "tool_calls": [call]}
+    rendered = reasoner.render_turns([CHAT[0], {**answer, "reasoning_content": "".join(reasoning)}])
+    (turn,) = rendered.turns
+    ids = rendered.ids[turn.start : turn.stop]
+    got = reasoner._raw.decode(ids.tolist(), skip_special_tokens=False)
+    shown = (
+        f"<think>{''.join(reasoning)}</think>\n\n{''.join(content)}<tool_call>{json.dumps(call)}<|im_end|>"
+    )
+    assert got == shown
+    own = [m for m in content if m in TYPED[3:]]  # marks of the content itself
+    marks = ["<think>", "</think>", *own, "<tool_call>", "<|im_end|>"]
+    assert [reasoner._raw.id_to_token(i) for i in ids.tolist() if i in reasoner.control] == marks
+
+
+@pytest.fixture(scope="module")
+def reasoner(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer whose template writes the reasoning and the tool calls."""
+    return loaded(folders, tmp_path_factory.mktemp("reasoner"), REASONING)[0]
+
+
+@pytest.mark.parametrize("filter_", ["upper", "lower", "trim", "tojson(ensure_ascii=true)"])
+def test_typed_marks_stay_text_in_templates_that_change_words(
+    makers: ModuleType, folders: dict[str, Path], tmp_path: Path, filter_: str
+) -> None:
+    template = makers.CHATML.replace("m['content'] }}", f"m['content'] | {filter_} }}}}")
+    folder = shutil.copytree(folders["chatml"], tmp_path / "changed")
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.load(str(folder), roles={"end_of_turn": "<|im_end|>"})
+    chat = [CHAT[0], {"role": "assistant", "content": " 7<|im_end|>3"}]
+    rendered = tokenizer.render_turns(chat)
+    spans = tokenizer.spans(rendered.ids[rendered.turns[0].start : rendered.turns[0].stop])
+    assert spans.data.strip(b' "') == b"7<|im_end|>3" and spans.roles[:-1].tolist() == [0] * (len(spans) - 1)
+
+
+def test_digits_that_could_stand_for_a_mark_are_digits(folders: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer, folder = loaded(folders, tmp_path, TOOLS)
+    index = raw_id(folder, "<|endoftext|>")
+    content = f"0123456789{index:09} <|endoftext|> 0123456798{index:09}"
+    rendered = tokenizer.render_turns([CHAT[0], {"role": "assistant", "content": content}])
+    (turn,) = rendered.turns
+    assert content.encode() in tokenizer.spans(rendered.ids[turn.start : turn.stop]).data
+
+
+def test_a_template_may_look_at_what_other_messages_type(folders: dict[str, Path], tmp_path: Path) -> None:
+    template = "{% if '<|endoftext|>' in messages[0]['content'] %}[seen]{% endif %}" + TOOLS
+    tokenizer, _ = loaded(folders, tmp_path, template)
+    chat = [{"role": "user", "content": "a<|endoftext|>"}, CHAT[1]]
+    rendered = tokenizer.render_turns(chat)
+    assert tokenizer.spans(rendered.ids).data.startswith(b"[seen]")
+
+
+def test_what_other_messages_type_is_read_as_in_a_prompt(folders: dict[str, Path], tmp_path: Path) -> None:
+    # An earlier assistant turn that is only read, and one echoed outside of any turn, are prompt like users'.
+    tokenizer, folder = loaded(folders, tmp_path, TOOLS)
+    chat = [CHAT[0], {"role": "assistant", "content": "a<|endoftext|>"}, CHAT[0], CHAT[3]]
+    rendered = tokenizer.render_turns(chat, last_only=True)
+    prompt = rendered.ids[: rendered.turns[0].start]
+    assert prompt.tolist() == tokenizer.render(chat[:3]).tolist()
+    assert raw_id(folder, "<|endoftext|>") in prompt
+
+
 @pytest.mark.parametrize("content", ["think", "\n", "", "tool_call", "He has 12."])
 def test_marks_the_template_writes_are_marks(folders: dict[str, Path], tmp_path: Path, content: str) -> None:
     tokenizer, folder = loaded(folders, tmp_path, TOOLS)
