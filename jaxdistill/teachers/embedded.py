@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from jaxdistill.errors import ConfigError, TeacherUnavailable
 from jaxdistill.records import Rollout, TeacherScores
-from jaxdistill.teachers.base import TeacherConfig
+from jaxdistill.teachers.config import EmbeddedConfig
 from jaxdistill.teachers.sglang import SGLangTeacher
 from jaxdistill.text import Tokenizer
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxdistill.errors import ConfigError, TeacherContractError
 from jaxdistill.records import Rollout, TeacherScores
-from jaxdistill.teachers.base import TeacherConfig, teacher_views
+from jaxdistill.teachers.base import teacher_views
+from jaxdistill.teachers.config import EmbeddedConfig, SGLangConfig
 from jaxdistill.teachers.checks import ScoringRow, check_row, group_rows, read_scores, scoring_request
 from jaxdistill.teachers.transport import Policy, Transport
 from jaxdistill.text import Tokenizer
