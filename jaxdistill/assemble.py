@@ -77,7 +77,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     for row in [*rows, *heldout] if config.objective.on_policy else heldout:
         render_prompt(tokenizer, row, config.rollout)
     if not config.objective.on_policy:
-        references.sample(rows, version=0)  # renders the prompts too
+        references.sample(rows, version=0)
     return Inputs(tokenizer, decoder, mesh, prompts, heldout, references)
 
 

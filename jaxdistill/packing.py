@@ -61,7 +61,7 @@ def pack(
         part = np.s_[row, start : start + len(rollout.response)]
         arrays["tokens"][row, :start] = rollout.prompt_ids
         arrays["tokens"][part] = rollout.response.ids
-        arrays["response_mask"][part] = True
+        arrays["response_mask"][part] = True if rollout.assistant_mask is None else rollout.assistant_mask
         arrays["behavior_logprobs"][part] = rollout.logprobs
         arrays["policy_version"][row] = rollout.policy_version
         arrays["weight"][row] = 1.0

@@ -41,14 +41,16 @@ class Prompt:
     """One row of the data: a chat that ends before the assistant's turn.
 
     `index` is the row's place in its source and seeds its samples. `answer` is what a scorer
-    compares with; `response` is a whole reference response, which `sft` trains on.
+    compares with; `response` is the assistant's turn that follows in the data, which `sft` trains on.
+    `tools` are the tool descriptions both templates are given.
     """
 
     messages: Sequence[Message]
     index: int
     source: str
     answer: str | None = None
-    response: str | None = None
+    response: Message | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class TokenSpans:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response the student sampled. Its ids are kept for ever; nothing re-tokenises its text.
+    """A response the student sampled, or a reference in its place. Its ids are kept for ever; nothing
+    re-tokenises its text.
 
     `logprobs` are natural logs of the probability each token was sampled with. `finished` is false
     when the response was cut at the length limit and so has no end of turn. `vocabulary` is the
     `vocab_fingerprint` of the tokenizer the ids belong to: a teacher with the same one reads them as
-    they are.
+    they are. A reference of several turns has `assistant_mask`, false on what stands between them (user
+    turns, tool output, the template's marks); None: the assistant wrote all of the response.
     """
 
     prompt: Prompt
@@ -94,6 +98,7 @@ class Rollout:
     finished: bool
     policy_version: int
     vocabulary: str
+    assistant_mask: Bool[np.ndarray, " R"] | None = None
 
 
 @dataclass(frozen=True)

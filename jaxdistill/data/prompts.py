@@ -67,6 +67,6 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash of every row, in order."""
     digest = hashlib.sha256()
     for p in prompts:
-        row = [p.messages, p.answer, p.response, p.source]
+        row = [p.messages, p.answer, p.response, p.source, p.tools]
         digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -15,8 +15,9 @@ _ROW = 'a row is an object like {"messages": [{"role": "user", "content": "..."}
 def read_prompts(path: Path) -> list[Prompt]:
     """All rows of a .jsonl, .json-lines or .parquet file, in order.
 
-    A row has `messages` (a chat that does not end with the assistant), and optionally `answer` (what a
-    scorer compares with), `response` (a reference response) and `source` (default: the file's stem).
+    A row has `messages`, and optionally `answer` (what a scorer compares with), `response` (the text of a
+    reference response), `tools` (tool descriptions, as a list or as its JSON text) and `source` (default:
+    the file's stem). Messages that end with the assistant's turn are a prompt and its reference.
     Raises `ConfigError` for a missing or unknown kind of file, `DataError` for a row that is none.
     """
     if not path.is_file():
@@ -53,7 +54,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet ({error})") from error
     for number, row in enumerate(rows):
-        yield f"{path} row {number}", row
+        yield f"{path} row {number}", _without_absent(row)
+
+
+def _without_absent(value: Any) -> Any:
+    """Parquet gives every message all keys of the column, absent ones as None; many templates ask whether a
+    key is there."""
+    if isinstance(value, dict):
+        return {key: _without_absent(inner) for key, inner in value.items() if inner is not None}
+    return [_without_absent(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
@@ -62,18 +71,45 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
         raise DataError(f"{where} has no 'messages' list; {_ROW}")
     for message in messages:
         _check_message(message, where)
-    if messages[-1]["role"] == "assistant":
-        raise DataError(
-            f"{where} ends with the assistant's turn; a prompt ends before it "
-            "(put a reference response into 'response')"
-        )
-    fields = {}
     for name in ("answer", "response"):
         value = row.get(name)
         if value is not None and not isinstance(value, str):
             raise DataError(f"{where}: {name!r} is {value!r:.80}; expected a string")
-        fields[name] = value
-    return Prompt(messages=messages, index=index, source=str(row.get("source") or stem), **fields)
+    response = None if row.get("response") is None else {"role": "assistant", "content": row["response"]}
+    if messages[-1]["role"] == "assistant":
+        if response is not None:
+            raise DataError(
+                f"{where} ends with the assistant's turn and has a 'response' too; expected one of them, the "
+                "reference that follows the prompt"
+            )
+        *messages, response = messages
+        if not messages:
+            raise DataError(f"{where} holds nothing but an assistant's turn; expected a prompt before it")
+    return Prompt(
+        messages=messages,
+        index=index,
+        source=str(row.get("source") or stem),
+        answer=row.get("answer"),
+        response=response,
+        tools=_tools(row.get("tools"), where),
+    )
+
+
+def _tools(value: Any, where: str) -> list[Mapping[str, Any]] | None:
+    """The row's tool descriptions. Their shapes differ from tool to tool, which a Parquet column cannot
+    hold: there they are written as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: 'tools' is text that is not JSON ({error})") from error
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError(
+            f"{where}: 'tools' is {value!r:.80}; expected a list of tool descriptions, or its JSON text"
+        )
+    return value
 
 
 def _check_message(message: Any, where: str) -> None:

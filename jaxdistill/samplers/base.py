@@ -1,7 +1,7 @@
 """What every sampler is asked for."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
@@ -13,12 +13,17 @@ from jaxdistill.text import Tokenizer
 
 
 class RolloutConfig(StrictConfig):
-    """How responses are made. Lengths are in student tokens."""
+    """How responses are made. Lengths are in student tokens.
+
+    `reference_turns`: what an objective that trains on the data's own responses takes from a chat with
+    several assistant turns, every one or the last.
+    """
 
     samples_per_prompt: int = Field(default=4, ge=1)
     max_prompt_tokens: int = Field(default=256, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
+    reference_turns: Literal["all", "last"] = "all"
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -40,7 +45,7 @@ def render_prompt(tokenizer: Tokenizer, prompt: Prompt, config: RolloutConfig) -
 
     Raises `DataError` naming the row when it is longer than `rollout.max_prompt_tokens`.
     """
-    ids = tokenizer.render(prompt.messages, template_kwargs=config.template_kwargs)
+    ids = tokenizer.render(prompt.messages, tools=prompt.tools, template_kwargs=config.template_kwargs)
     if len(ids) > config.max_prompt_tokens:
         raise DataError(
             f"{prompt.source} row {prompt.index}: the prompt has {len(ids)} student tokens, more than "

@@ -1,4 +1,7 @@
-"""Off-policy rows: each prompt's own reference response, for `sft`."""
+"""Off-policy rows: the assistant's own turns of a chat, for `sft`.
+
+Letters: P ids of the chat before the first turn trained on, R ids from there to the end of the last turn.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,44 +10,61 @@ import numpy as np
 
 from jaxdistill.errors import DataError
 from jaxdistill.records import Prompt, Rollout
-from jaxdistill.samplers.base import RolloutConfig, render_prompt
-from jaxdistill.text import Tokenizer, concatenate
+from jaxdistill.samplers.base import RolloutConfig
+from jaxdistill.text import Tokenizer
 
 
 class ReferenceSampler:
-    """Turns `Prompt.response` into a rollout, end of turn included; nothing is sampled."""
+    """Turns each prompt and its `Prompt.response` into a rollout; nothing is sampled.
+
+    The response is the stretch from the first assistant turn of the chat to the last (or the last turn alone,
+    by `rollout.reference_turns`), ends of turn included; what stands between turns is in it to be read, and
+    masked.
+    """
 
     def __init__(self, tokenizer: Tokenizer, config: RolloutConfig):
         self.tokenizer = tokenizer
         self.config = config
 
     def sample(self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None) -> list[Rollout]:
-        """The reference of each prompt, once: a second sample would be the same one."""
+        """The reference of each prompt, once: a second sample would be the same one.
+
+        Raises `DataError` naming the row that has no reference, is too long, or cannot be rendered."""
         return [self._rollout(prompt, version) for prompt in prompts]
 
     def push(self, params: Any, version: int) -> None:
         """References do not depend on the weights."""
 
     def _rollout(self, prompt: Prompt, version: int) -> Rollout:
+        where = f"{prompt.source} row {prompt.index}"
         if prompt.response is None:
             raise DataError(
-                f"{prompt.source} row {prompt.index} has no 'response'; "
-                "objective.kind=sft trains on reference responses"
+                f"{where} has no reference: objective.kind=sft trains on messages that end with the "
+                "assistant's turn, or on a 'response'"
             )
-        response = concatenate(
-            [self.tokenizer.encode(prompt.response), self.tokenizer.role_span("end_of_turn")]
-        )
-        if len(response) > self.config.max_new_tokens:
+        try:
+            chat = self.tokenizer.render_turns(
+                [*prompt.messages, prompt.response],
+                tools=prompt.tools,
+                template_kwargs=self.config.template_kwargs,
+                last_only=self.config.reference_turns == "last",
+            )
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        start, stop = chat.turns[0].start, chat.turns[-1].stop
+        longest = self.config.max_prompt_tokens + self.config.max_new_tokens
+        if stop > longest:
             raise DataError(
-                f"{prompt.source} row {prompt.index}: the response has {len(response)} student tokens, more "
-                f"than rollout.max_new_tokens={self.config.max_new_tokens}; raise it or drop the row"
+                f"{where}: the chat has {stop} student tokens up to the end of its last turn, more than "
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise them or drop the row"
             )
         return Rollout(
             prompt=prompt,
-            prompt_ids=render_prompt(self.tokenizer, prompt, self.config),
-            response=response,
-            logprobs=np.zeros(len(response), np.float32),
+            prompt_ids=chat.ids[:start],
+            response=self.tokenizer.spans(chat.ids[start:stop]),
+            logprobs=np.zeros(stop - start, np.float32),
             finished=True,
             policy_version=version,
             vocabulary=self.tokenizer.vocab_fingerprint,
+            assistant_mask=chat.assistant_mask[start:stop],
         )

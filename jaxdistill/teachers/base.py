@@ -59,8 +59,9 @@ def teacher_views(
     for rollout, parts in zip(rollouts, split, strict=True):
         key = id(rollout.prompt)
         if key not in prompts:
+            prompt = rollout.prompt
             prompts[key] = tokenizer.render(
-                rollout.prompt.messages, add_generation_prompt=True, template_kwargs=template_kwargs
+                prompt.messages, tools=prompt.tools, template_kwargs=template_kwargs
             )
         spans = [
             next(encoded)

@@ -163,14 +163,16 @@ class Tokenizer:
         *,
         tools: Sequence[Any] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        last_only: bool = False,
     ) -> RenderedTurns:
-        """A whole chat, and which of its ids each assistant turn generates, its end of turn with it.
+        """A whole chat, and which of its ids each assistant turn (with `last_only`: the last one) generates,
+        its end of turn with it.
 
         Each turn's text is encoded apart from what stands before it. Tool output, like every other message,
         belongs to no turn. `spans(ids[turn])` of two tokenizers can be aligned turn by turn.
 
-        Raises DataError for a template that writes earlier turns anew (each of them then needs a prompt of
-        its own), ConfigError without an end of turn; otherwise as `render`.
+        Raises DataError for a template that writes an asked-for turn anew once others follow (it then needs a
+        prompt of its own), ConfigError without an end of turn; otherwise as `render`.
         """
 
         def text(part: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -182,13 +184,12 @@ class Tokenizer:
             )
             return self._checked_text(rendered)
 
-        ends = end_strings(
-            self._control_strings, [self.roles[r] for r in ENDS if r in self.roles], self.where
-        )
-        return self._turn_encoder.encode(*find_turns(messages, text, ends, self.where))
+        ends = end_strings(self.control_strings, [self.roles[r] for r in ENDS if r in self.roles], self.where)
+        return self._turn_encoder.encode(*find_turns(messages, text, ends, self.where, last_only=last_only))
 
     @cached_property
-    def _control_strings(self) -> dict[str, int]:
+    def control_strings(self) -> dict[str, int]:
+        """The string of each control token, as templates write it, and its id."""
         return {piece: index for index in sorted(self.control) if (piece := self._raw.id_to_token(index))}
 
     @cached_property
@@ -197,8 +198,8 @@ class Tokenizer:
         return TurnEncoder(
             self._prompt_ids,
             lambda text: self.encode(text).ids.tolist(),
-            self._control_strings,
-            frozenset(piece for piece, index in self._control_strings.items() if index in marks),
+            self.control_strings,
+            frozenset(piece for piece, index in self.control_strings.items() if index in marks),
         )
 
     def _prompt_ids(self, text: str) -> list[int]:

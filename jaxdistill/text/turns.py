@@ -48,9 +48,10 @@ class Turn:
 
 
 def find_turns(
-    messages: Sequence[Message], render: Render, ends: Sequence[str], where: str
+    messages: Sequence[Message], render: Render, ends: Sequence[str], where: str, *, last_only: bool = False
 ) -> tuple[str, list[Turn]]:
-    """The chat's text and its assistant turns, from renderings of the chat's beginnings.
+    """The chat's text and its assistant turns (or the last of them alone), from renderings of the chat's
+    beginnings.
 
     What a turn generates begins where the rendering of the messages before it, with a generation prompt,
     ends. It stops behind the last of the strings `ends` in the rendering up to the turn. Both beginnings
@@ -61,9 +62,8 @@ def find_turns(
     """
     whole = render(messages, False)
     turns: list[Turn] = []
-    for index, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
+    written = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+    for index in written[-1:] if last_only else written:
         if index == 0:
             raise DataError(f"{where}: the chat begins with an assistant turn; expected a user's before it")
         opened = render(messages[:index], True)
@@ -82,7 +82,7 @@ def find_turns(
             )
         if not whole.startswith(closed[:stop]):
             raise _rewritten(where, index, "what later messages make of it", closed[:stop], whole)
-        content = message.get("content")
+        content = messages[index].get("content")
         turns.append(Turn(len(opened), stop, content if isinstance(content, str) else ""))
     return whole, turns
 
@@ -94,8 +94,8 @@ def _rewritten(where: str, index: int, other: str, wanted: str, got: str) -> Dat
     shown = f"{wanted[at : at + 30]!r} against {got[at : at + 30]!r}"
     return DataError(
         f"{where}: the chat template rewrites earlier turns: message {index} (assistant) differs from "
-        f"{other} at character {at} ({shown}), so one sequence cannot hold all turns; render each assistant "
-        "turn apart, with the messages before it as its prompt"
+        f"{other} at character {at} ({shown}), so one sequence cannot hold all turns; take the last turn "
+        "alone (rollout.reference_turns=last), or make one row of each turn with the messages before it"
     )
 
 

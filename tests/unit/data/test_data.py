@@ -47,7 +47,13 @@ def test_jsonl_and_parquet_read_the_same(tmp_path):
         ({"messages": [{"role": "user"}]}, "the content of a user message is None; expected a string"),
         ({"messages": [{"role": "user", "content": 42}]}, "the content of a user message is 42"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "the content of a user message is"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "ends with the assistant's turn"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "nothing but an assistant's turn"),
+        (
+            {"messages": [*ROWS[0]["messages"], {"role": "assistant", "content": "x"}], "response": "y"},
+            "ends with the assistant's turn and has a 'response' too",
+        ),
+        ({"messages": ROWS[0]["messages"], "tools": "{"}, "'tools' is text that is not JSON"),
+        ({"messages": ROWS[0]["messages"], "tools": {"name": "f"}}, "expected a list of tool descriptions"),
         ({"messages": ROWS[0]["messages"], "answer": 3}, "'answer' is 3; expected a string"),
         ("{nonsense", "is not JSON"),
     ],
@@ -57,6 +63,27 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, says):
     with pytest.raises(DataError, match=says) as error:
         read_prompts(path)
     assert "bad.jsonl line 3" in str(error.value)
+
+
+def test_a_chat_that_ends_with_the_assistant_is_a_prompt_and_its_reference(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns}, {"messages": turns[:1], "response": "b"}]
+    chat, split = read_prompts(write(tmp_path / "a.jsonl", rows))
+    assert chat.messages == split.messages == turns[:1] and chat.response == split.response == turns[1]
+    assert read_prompts(write(tmp_path / "b.jsonl", ROWS))[0].response is None
+
+
+def test_tools_and_tool_calls_survive_a_parquet_file(tmp_path):
+    # Each tool's parameters have their own shape, so they are text there; absent keys of a message come
+    # back absent and not as None.
+    tools = [{"name": "f", "parameters": {"x": 1}}, {"name": "g", "parameters": {"y": [2]}}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    messages = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "1"}]
+    (line,) = read_prompts(write(tmp_path / "a.jsonl", [{"messages": messages, "tools": tools}]))
+    table = pa.Table.from_pylist([{"messages": messages, "tools": json.dumps(tools), "source": "a"}])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert read_prompts(tmp_path / "t.parquet") == [line]
+    assert line.messages == messages and line.tools == tools
 
 
 def test_missing_empty_and_unknown_files(tmp_path):
