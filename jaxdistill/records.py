@@ -73,6 +73,13 @@ class TokenSpans:
         """Byte offset at which each token begins."""
         return np.concatenate([np.zeros(1, np.int64), self.ends])[: len(self.ends)]
 
+    def head(self, count: int) -> "TokenSpans":
+        """The first `count` tokens with their bytes; itself where that is all of them."""
+        if count >= len(self):
+            return self
+        size = int(self.ends[count - 1]) if count else 0
+        return TokenSpans(self.ids[:count], self.data[:size], self.ends[:count], self.roles[:count])
+
     @property
     def text(self) -> str:
         """The content as text, for people: bytes that are not UTF-8 show as U+FFFD."""
@@ -156,10 +163,13 @@ class Targets:
 
     `teacher_logprob[r]` is the total log-probability of the chunk student token r lies in, repeated
     on all its tokens, and 0 where `mask` is false: there the teacher said nothing, and nothing may
-    read the value. `stats` are plain counts for the metrics, by name.
+    read the value. `stats` are plain counts for the metrics, by name. `weight` is the row's weight in
+    the objective; `same_vocabulary` says that the ids of both sides are of one vocabulary.
     """
 
     chunk_of_token: Int32[np.ndarray, " R"]
     teacher_logprob: Float32[np.ndarray, " R"]
     mask: Bool[np.ndarray, " R"]
     stats: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+    same_vocabulary: bool = False

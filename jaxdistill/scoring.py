@@ -4,7 +4,8 @@ Letters: R student response tokens, S teacher response tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from jaxdistill.align import align, project
 from jaxdistill.batch import Mean
 from jaxdistill.metrics import Stopwatch
 from jaxdistill.records import Alignment, Rollout, Signal, Targets, TeacherScores
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import Teachers
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,63 @@ class Scored:
     alignments: Sequence[Alignment]
     targets: Sequence[Targets]
 
+    def of(self, teacher: str) -> "Scored":
+        """The part that one teacher scored."""
+        rows = [row for row, s in enumerate(self.scores) if s.teacher == teacher]
+        return Scored(
+            [self.rollouts[row] for row in rows],
+            [self.scores[row] for row in rows],
+            [self.alignments[row] for row in rows],
+            [self.targets[row] for row in rows],
+        )
 
-def score(teacher: Teacher, rollouts: Sequence[Rollout], signal: Signal, stopwatch: Stopwatch) -> Scored:
-    """Ask the teacher, and carry its scores to the student's tokens."""
+
+def score(teachers: Teachers, rollouts: Sequence[Rollout], signal: Signal, stopwatch: Stopwatch) -> Scored:
+    """Ask the teachers, and carry their scores to the student's tokens."""
     with stopwatch.stage("teacher"):
-        scores = teacher.score(rollouts)
+        scores = teachers.score(rollouts)
     with stopwatch.stage("align"):
         alignments = [align(r.response, s.response) for r, s in zip(rollouts, scores, strict=True)]
-        targets = [project(s, a, signal=signal) for s, a in zip(scores, alignments, strict=True)]
+        targets = [
+            replace(
+                project(s, a, signal=signal),
+                weight=teachers.weights[s.teacher],
+                same_vocabulary=teachers.same_vocabulary(r, s),
+            )
+            for r, s, a in zip(rollouts, scores, alignments, strict=True)
+        ]
     return Scored(rollouts, scores, alignments, targets)
 
 
 def distillation_metrics(scored: Scored) -> dict[str, Mean]:
+    """The headline figures of all rows; where several teachers scored them, also of each one's rows, as
+    `<teacher>/<figure>`."""
+    metrics = _figures(scored)
+    names = sorted({s.teacher for s in scored.scores})
+    for name in names if len(names) > 1 else ():
+        metrics |= {f"{name}/{figure}": mean for figure, mean in _figures(scored.of(name)).items()}
+    return metrics
+
+
+def unscored_rows(scored: Scored) -> list[dict[str, Any]]:
+    """What quarantine.jsonl keeps of each response that got no scores: whose it is, and why."""
+    return [
+        {
+            "teacher": s.teacher,
+            "kind": s.unscored.kind,
+            "detail": s.unscored.detail,
+            "source": r.prompt.source,
+            "index": r.prompt.index,
+            "messages": r.prompt.messages,
+            "response": r.response.text,
+            "response_ids": r.response.ids,
+        }
+        for r, s in zip(scored.rollouts, scored.scores, strict=True)
+        if s.unscored is not None
+    ]
+
+
+def _figures(scored: Scored) -> dict[str, Mean]:
     """The headline figures over a set of rollouts, whatever signal the objective uses.
 
     - `reverse_kl_per_byte`: sampled KL(p_S || p_T) in nats, over all aligned tokens, per aligned byte.
@@ -43,6 +89,7 @@ def distillation_metrics(scored: Scored) -> dict[str, Mean]:
     - `exact_fraction`: student tokens in one-to-one chunks over student tokens.
     - `finished_fraction`: responses that ended by themselves.
     - `response_tokens`: mean length in student tokens.
+    - `unscored_fraction`: responses the teacher has no scores for (they are in quarantine.jsonl).
     """
     kl = aligned_bytes = total_bytes = exact = tokens = finished = 0.0
     for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
@@ -55,12 +102,14 @@ def distillation_metrics(scored: Scored) -> dict[str, Mean]:
         tokens += len(rollout.response)
         finished += rollout.finished
     rows = float(len(scored.rollouts))
+    unscored = float(sum(s.unscored is not None for s in scored.scores))
     return {
         "reverse_kl_per_byte": Mean(kl, aligned_bytes),
         "coverage": Mean(aligned_bytes, total_bytes),
         "exact_fraction": Mean(exact, tokens),
         "finished_fraction": Mean(finished, rows),
         "response_tokens": Mean(tokens, rows),
+        "unscored_fraction": Mean(unscored, rows),
     }
 
 

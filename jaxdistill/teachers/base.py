@@ -10,7 +10,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxdistill.records import CONTENT, ROLE_NAMES, Rollout, TeacherScores, TokenSpans
+from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.text import Tokenizer, concatenate
+
+
+View = tuple[Int32[np.ndarray, " P"], TokenSpans]  # what a teacher reads: prompt ids, and the response
 
 
 @runtime_checkable
@@ -19,12 +23,17 @@ class Teacher(Protocol):
 
     name: str
     tokenizer: Tokenizer
+    identity: TeacherIdentity  # what is served, known since it was built
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """The teacher's log-probabilities of each response, in the order given.
 
-        Raises `TeacherUnavailable` (worth trying later) or `TeacherContractError` (a reply that must
-        not be believed, or a request refused for good)."""
+        A response it has no scores for comes back as `Unscored`. Raises `TeacherUnavailable` (worth trying
+        later) or `TeacherContractError` (another model answers, or a request is refused for good)."""
+        ...
+
+    def take_counts(self) -> Mapping[str, int]:
+        """What happened since the last call, by name: requests, retries, hedges and the like."""
         ...
 
     def close(self) -> None:
@@ -34,7 +43,7 @@ class Teacher(Protocol):
 
 def teacher_view(
     tokenizer: Tokenizer, rollout: Rollout, template_kwargs: Mapping[str, Any] | None = None
-) -> tuple[Int32[np.ndarray, " P"], TokenSpans]:
+) -> View:
     """The rollout as the teacher reads it: prompt ids by the teacher's template, and the response.
 
     The response's bytes are encoded as plain content, apart from the prompt (generation conditions on
@@ -48,14 +57,14 @@ def teacher_view(
 
 def teacher_views(
     tokenizer: Tokenizer, rollouts: Sequence[Rollout], template_kwargs: Mapping[str, Any] | None = None
-) -> list[tuple[Int32[np.ndarray, " _"], TokenSpans]]:
+) -> list[View]:
     """`teacher_view` of each rollout: all contents are encoded in one call, a prompt that several
     rollouts share is rendered once."""
     split = [_parts(rollout, tokenizer) for rollout in rollouts]
     contents = [part for parts in split for part in parts if isinstance(part, bytes)]
     encoded = iter(tokenizer.encode_batch(contents))
     prompts: dict[int, Int32[np.ndarray, " _"]] = {}
-    views: list[tuple[Int32[np.ndarray, " _"], TokenSpans]] = []
+    views: list[View] = []
     for rollout, parts in zip(rollouts, split, strict=True):
         key = id(rollout.prompt)
         if key not in prompts:
