@@ -64,6 +64,9 @@ class ServedSettings(TeacherSettings):
     batch_budget_s: float = Field(
         default=900.0, gt=0, description="time for a whole batch, retries included; then the teacher is gone"
     )
+    start_timeout_s: float = Field(
+        default=60.0, gt=0, description="time for the teacher's first answer when a run starts"
+    )
     attempts: int = Field(
         default=5, ge=1, description="tries of a request that the server itself answers with status 500"
     )
@@ -139,7 +142,7 @@ class EmbeddedConfig(ServedSettings):
     kind: Literal["embedded"] = "embedded"
     model: str = Field(min_length=1, description="folder of the model to serve")
     tokenizer: str | None = Field(default=None, description="folder or hub id (default: `model`)")
-    start_timeout_s: float = Field(default=180.0, gt=0, description="time to load and listen")
+    start_timeout_s: float = Field(default=180.0, gt=0, description="time to load, listen and answer")
 
     @property
     def tokenizer_path(self) -> str:

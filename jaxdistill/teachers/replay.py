@@ -45,15 +45,10 @@ class ScoreRecorder:
     """Writes every scored batch into `folder`, whole or not at all."""
 
     def __init__(self, folder: Path, identity: TeacherIdentity, *, tolerance: float):
-        """Raises `ConfigError` for a folder that holds another teacher's scores or cannot be written."""
+        """The folder is made with the first batch. Raises `ConfigError` where it holds another teacher's
+        scores."""
         self.folder = folder
         self._schema = _SCHEMA.with_metadata({_TEACHER: json.dumps(identity.to_json()).encode()})
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"teacher.record={folder} cannot be made ({error.strerror}); choose another folder"
-            ) from error
         parts = _parts(folder)
         if parts and (other := _identity(parts[0]).difference(identity, tolerance)):
             raise ConfigError(
@@ -71,6 +66,7 @@ class ScoreRecorder:
         path = self.folder / f"part-{self._next:06d}.parquet"
         temporary = path.with_name(f".{path.name}.tmp")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.Table.from_pylist(rows, schema=self._schema), temporary, compression="zstd")
             os.replace(temporary, path)
         except OSError as error:

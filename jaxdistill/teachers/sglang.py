@@ -35,6 +35,7 @@ from jaxdistill.teachers.identity import (
     check_tokenizer,
     longest_row,
 )
+from jaxdistill.teachers.replay import ScoreRecorder
 from jaxdistill.teachers.replies import RowScores, read_reply
 from jaxdistill.teachers.transport import Policy, Reply, Transport
 from jaxdistill.text import Tokenizer
@@ -73,6 +74,7 @@ class SGLangTeacher:
         self.tokenizer = settings.load_tokenizer() if tokenizer is None else tokenizer
         self._asked = _what_to_ask(settings, self.tokenizer)
         self._unscored: Counter[str] = Counter()
+        self._recorder: ScoreRecorder | None = None
         self._transport = Transport(endpoints, Policy.of(settings), api_key=key, key_hint=hint, gone=gone)
 
     def check(self) -> TeacherIdentity:
@@ -92,6 +94,10 @@ class SGLangTeacher:
                     "teacher must serve the same model"
                 )
         self.identity, self._checked = found[0], True
+        if self.settings.record is not None:
+            self._recorder = ScoreRecorder(
+                self.settings.record, self.identity, tolerance=self.settings.canary_tolerance
+            )
         return self.identity
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
@@ -100,8 +106,8 @@ class SGLangTeacher:
         A rollout whose response is empty to the teacher is not sent and has no scores. A row that is too
         long, or whose reply is not believed, comes back without tokens and with the reason in `unscored`.
         Asks for the teacher's identity first, where `check` has not been called. Raises
-        `TeacherUnavailable`, or `TeacherContractError` where the teacher changed or more than
-        `max_unscored` of the rows got a bad reply; then no score of the batch is returned.
+        `TeacherUnavailable`, or `TeacherContractError` where the teacher changed; then no score of the batch
+        is returned.
         """
         identity = self.identity if self._checked else self.check()
         views = teacher_views(self.tokenizer, rollouts, self.settings.template_kwargs)
@@ -118,11 +124,14 @@ class SGLangTeacher:
             else:
                 rows.append(fitting)
         found |= self._ask(rows, identity)
-        self._count(found, len(rollouts))
-        return [
+        self._unscored.update(result.kind for result in found.values() if isinstance(result, Unscored))
+        scores = [
             self._scores(response, found.get(number), identity.weight_version)
             for number, (_, response) in enumerate(views)
         ]
+        if self._recorder is not None:
+            self._recorder.write(views, scores)
+        return scores
 
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call: the transport's counts, and rows without scores by reason."""
@@ -238,17 +247,6 @@ class SGLangTeacher:
                 "(teacher.canary_tolerance); serve the first model again, or start another run"
             )
         return None
-
-    def _count(self, found: dict[int, RowScores | Unscored], rows: int) -> None:
-        """Count the rows without scores; too many bad replies end the batch."""
-        unscored = [result for result in found.values() if isinstance(result, Unscored)]
-        self._unscored.update(result.kind for result in unscored)
-        bad = [result.detail for result in unscored if result.kind == "bad_reply"]
-        if len(bad) > self.settings.max_unscored * rows:
-            raise TeacherContractError(
-                f"{self.name}: got {len(bad)} bad replies for {rows} rows, expected at most "
-                f"{self.settings.max_unscored:g} of them (teacher.max_unscored); the first: {bad[0]}"
-            )
 
     def _scores(
         self, response: TokenSpans, result: RowScores | Unscored | None, version: str

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
@@ -36,6 +36,7 @@ class Policy:
     max_concurrency: int
     request_timeout_s: float
     batch_budget_s: float
+    start_timeout_s: float
     attempts: int
     backoff_s: float
     backoff_max_s: float
@@ -115,17 +116,21 @@ class Transport:
         the rest and is raised; after `batch_budget_s` that is `TeacherUnavailable`.
         """
         pairs = zip(bodies, largest_reply, strict=True)
-        return self._wait(self._answer([_Call("POST", path, body, largest) for body, largest in pairs]))
+        calls = [_Call("POST", path, body, largest) for body, largest in pairs]
+        return self._wait(self._answer(calls, "batch_budget_s"))
 
     def post(
         self, path: str, body: Any, *, endpoint: str | None = None, largest_reply: int = SMALL_REPLY
     ) -> Reply:
-        """POST one body, to the one `endpoint` if given; bounded as `post_all`."""
-        return self._wait(self._answer([_Call("POST", path, body, largest_reply, endpoint)]))[0]
+        """POST one body, to the one `endpoint` if given, as a run asks at its start: the reply within
+        `start_timeout_s`, or `TeacherUnavailable`."""
+        call = _Call("POST", path, body, largest_reply, endpoint)
+        return self._wait(self._answer([call], "start_timeout_s"))[0]
 
     def get(self, path: str, *, endpoint: str | None = None) -> Reply:
-        """GET one path, of the one `endpoint` if given; bounded as `post_all`."""
-        return self._wait(self._answer([_Call("GET", path, None, SMALL_REPLY, endpoint)]))[0]
+        """GET one path, of the one `endpoint` if given; bounded as `post`."""
+        call = _Call("GET", path, None, SMALL_REPLY, endpoint)
+        return self._wait(self._answer([call], "start_timeout_s"))[0]
 
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call: `requests` sent in all, `retries` and `hedges` among them,
@@ -167,11 +172,14 @@ class Transport:
         await _give_up(others)
         await self._wire.close()
 
-    async def _answer(self, calls: Sequence[_Call]) -> list[Reply]:
-        """All replies within the budget, or the first final failure."""
+    async def _answer(
+        self, calls: Sequence[_Call], budget: Literal["batch_budget_s", "start_timeout_s"]
+    ) -> list[Reply]:
+        """All replies within the budget of that name, or the first final failure."""
+        seconds: float = getattr(self.policy, budget)
         tasks = [asyncio.create_task(self._persist(call)) for call in calls]
         try:
-            async with asyncio.timeout(self.policy.batch_budget_s):
+            async with asyncio.timeout(seconds):
                 return await asyncio.gather(*tasks)
         except TimeoutError:
             answered = sum(task.done() and not task.cancelled() for task in tasks)
@@ -179,8 +187,8 @@ class Transport:
             await _give_up(tasks)
         raise TeacherUnavailable(
             f"teacher at {self._names} is unavailable: {answered} of {len(calls)} requests "
-            f"({calls[0].method} {calls[0].path}) were answered within the {self.policy.batch_budget_s:g} s "
-            f"of teacher.batch_budget_s; {self._health.describe()}; check that the server runs, the address "
+            f"({calls[0].method} {calls[0].path}) were answered within the {seconds:g} s "
+            f"of teacher.{budget}; {self._health.describe()}; check that the server runs, the address "
             "is right and the time suits the work"
         )
 

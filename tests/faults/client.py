@@ -16,6 +16,7 @@ QUICK = Policy(
     max_concurrency=8,
     request_timeout_s=5.0,
     batch_budget_s=20.0,
+    start_timeout_s=20.0,
     attempts=5,
     backoff_s=0.01,
     backoff_max_s=0.1,

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from jaxdistill.errors import TeacherContractError
 from jaxdistill.records import Prompt, Rollout, TeacherScores
+from jaxdistill.teachers import Routes, Teachers
 from jaxdistill.teachers.config import SGLangConfig
 from jaxdistill.teachers.sglang import SGLangTeacher
 from jaxdistill.text import Tokenizer
@@ -76,7 +77,7 @@ def taught(tokenizer: Tokenizer, **settings: Any) -> Iterator[tuple[FaultServer,
             max_concurrency=1,
             hedge_share=0.0,
             max_tokens_per_request=GROUP,
-            **({"max_unscored": 0.3} | settings),
+            **settings,
         )
         teacher = SGLangTeacher(config, tokenizer=tokenizer)
         try:
@@ -137,17 +138,19 @@ def test_every_lie_is_quarantined_and_no_other_row(
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_too_many_lies_end_the_batch_with_the_first_reason(
+def test_too_many_lies_end_the_run_with_the_first_reason(
     tokenizer: Tokenizer, batch: list[Rollout], name: str
 ) -> None:
-    with taught(tokenizer, max_unscored=0.1) as (server, teacher):
+    with taught(tokenizer) as (server, teacher):
         then(server, *[lies(LIES[name])] * 2)
-        with pytest.raises(TeacherContractError) as caught:
-            teacher.score(batch)
-        words = str(caught.value)
-        assert "bad replies for 8 rows, expected at most 0.1 of them (teacher.max_unscored)" in words
-        assert "the first: row 0" in words and server.url in words
+        scores = teacher.score(batch)
         assert teacher.take_counts()["bad_reply"] >= 2
+        few = teacher.settings.model_copy(update={"max_unscored": 0.1})
+        with pytest.raises(TeacherContractError) as caught:
+            Teachers([teacher], Routes([few], seed=0)).check_share(scores)
+        words = str(caught.value)
+        assert "of 8 responses got no scores that can be trusted, more than max_unscored=0.1" in words
+        assert "the first: row 0" in words and server.url in words
 
 
 def meta(reply: list[Any], row: int = 0) -> dict[str, Any]:

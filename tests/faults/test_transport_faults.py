@@ -150,7 +150,7 @@ def test_dead_and_never_back(stalls: Stalls) -> None:
 def test_nobody_there_is_unavailable_to_single_requests_too(stalls: Stalls) -> None:
     with FaultServer() as server:
         url = server.url
-    with to(url, policy=quick(batch_budget_s=0.5)) as transport:
+    with to(url, policy=quick(start_timeout_s=0.5)) as transport:
         for work in (lambda: transport.get("/model_info"), lambda: transport.post("/x", {}, endpoint=url)):
             assert seconds_until_unavailable(stalls, work, url) <= 0.5 * OVERHEAD
 
