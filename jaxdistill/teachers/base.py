@@ -13,7 +13,6 @@ from jaxdistill.records import CONTENT, ROLE_NAMES, Rollout, TeacherScores, Toke
 from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.text import Tokenizer, concatenate
 
-
 View = tuple[Int32[np.ndarray, " P"], TokenSpans]  # what a teacher reads: prompt ids, and the response
 
 

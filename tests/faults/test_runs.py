@@ -16,6 +16,8 @@ from tests.runs.conftest import ROOT, environment, rows
 
 from .server import FaultServer, Schedule, lies, reset, share, status
 
+pytestmark = pytest.mark.faults
+
 KEY = "sk-nobody-may-ever-read-this"
 CONFIG = """
 run: {{steps: {steps}, dir: {folder}, tensorboard: true}}
@@ -67,7 +69,6 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder)]
 
 
-@pytest.mark.slow
 def test_a_fifth_of_the_requests_failing_changes_no_loss_of_200_steps(tmp_path: Path) -> None:
     faults = [*(status(code) for code in (500, 502, 503, 504)), status(429, Retry_After="0.05"), reset]
     with FaultServer() as clean, FaultServer() as bad:
@@ -83,7 +84,6 @@ def test_a_fifth_of_the_requests_failing_changes_no_loss_of_200_steps(tmp_path: 
     assert (tmp_path / "bad/quarantine.jsonl").exists() is False
 
 
-@pytest.mark.slow
 def test_a_teacher_dead_for_a_minute_costs_that_minute_and_no_row(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with FaultServer() as server:

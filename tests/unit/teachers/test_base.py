@@ -12,6 +12,7 @@ from jaxdistill.teachers import teacher_view
 from jaxdistill.teachers.base import teacher_views
 from jaxdistill.text import Tokenizer
 
+
 def test_the_view_holds_the_same_bytes_and_ends_where_the_student_ended(
     tokenizer: Tokenizer, rollouts: list[Rollout]
 ) -> None:
