@@ -20,9 +20,10 @@ from jaxdistill.cli import exit_code_of
 from jaxdistill.config import load
 from jaxdistill.data import read_prompts
 from jaxdistill.errors import JaxDistillError
+from jaxdistill.inputs import read_inputs
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig
-from jaxdistill.teachers import ReplayConfig, Routes, Teacher, TeacherConfig, build
+from jaxdistill.teachers import ReplayConfig, Routes, ServedSettings, Teacher, TeacherConfig, build
 from jaxdistill.text import Tokenizer, concatenate
 
 QUESTION = Prompt([{"role": "user", "content": "Write something."}], 0, "doctor")
@@ -43,12 +44,10 @@ def examine(config: RunConfig) -> None:
     the first trouble is raised at the end, for its exit code."""
     student = Side.load(config.student.path, config.student.roles)
     say(student.lines("student"))
+    inputs = read_inputs(config)  # all that a run reads, with its checks
     rows = read_prompts(config.data.path)
-    heldout = [] if config.eval.path is None else read_prompts(config.eval.path)
+    say([f"data  {config.data.path}: {len(rows):,} prompts, {len(inputs.heldout):,} held out"])
     routes = Routes(config.all_teachers, config.run.seed)
-    if config.all_teachers:
-        routes.check(row.source for row in [*rows, *heldout])
-    say([f"data  {config.data.path}: {len(rows):,} prompts, {len(heldout):,} held out"])
     counts = Counter(routes.choose(row) for row in rows) if config.all_teachers else Counter()
     troubles: list[JaxDistillError] = []
     for settings in config.all_teachers:
@@ -61,7 +60,7 @@ def examine(config: RunConfig) -> None:
         raise type(troubles[0])(
             f"{len(troubles)} of {len(config.all_teachers)} teachers cannot be used, see above"
         )
-    say(["a run can start" if config.all_teachers else "a run can start; it has no teacher"])
+    say(["nothing stands in the way of a new run"])
 
 
 def examine_teacher(settings: TeacherConfig, student: Side, prompts: int) -> None:
@@ -69,7 +68,9 @@ def examine_teacher(settings: TeacherConfig, student: Side, prompts: int) -> Non
     side = Side.load(settings.tokenizer_path, settings.roles)
     say(["", *side.lines(f"teacher {settings.name}"), f"  scores {prompts:,} of the prompts"])
     begin = time.perf_counter()
-    teacher = build(settings)
+    # Its questions are no part of a recording.
+    live = settings.model_copy(update={"record": None}) if isinstance(settings, ServedSettings) else settings
+    teacher = build(live)
     try:
         say([f"  answers, checked in {time.perf_counter() - begin:.1f} s", *_identity_lines(teacher)])
         if not isinstance(settings, ReplayConfig):

@@ -68,7 +68,7 @@ class Evaluator:
         scored = None
         if self.teachers is not None:
             scored = score(self.teachers, rollouts, "chunk", Stopwatch())
-            metrics |= distillation_metrics(scored)
+            metrics |= distillation_metrics(scored, list(self.teachers.members))
         return Evaluation(metrics, samples_of(rollouts, scored, correct), scored)
 
     def _mark(self, rollout: Rollout) -> bool | None:

@@ -108,7 +108,7 @@ def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str,
     """One row of metrics.jsonl. Raises `NonFiniteError` if the loss or the gradient is not finite."""
     means = dict(metrics)
     if collected.scored is not None:
-        means |= distillation_metrics(collected.scored)
+        means |= distillation_metrics(collected.scored, list(run.teachers.members) if run.teachers else [])
     values = {name: mean.value for name, mean in means.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,23 @@ from jaxdistill.teachers import ServedSettings, TeacherIdentity, Teachers
 def write_manifest(folder: Path, config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> None:
     """Write manifest.json into the run's folder. A run that goes on there must have the teachers it began
     with: `TeacherContractError` else, and the file stays as it was."""
-    facts = manifest(config, inputs, teachers)
     path = folder / "manifest.json"
+    identities = {} if teachers is None else {name: one.identity for name, one in teachers.members.items()}
     if has_begun(folder):
-        _check_same_teachers(path, config, facts["teachers"])
+        # What was first seen stays the measure: a teacher must not drift from resume to resume.
+        identities = {
+            name: _same_teacher(path, config, name, identity) for name, identity in identities.items()
+        }
+    facts = manifest(config, inputs, teachers, identities)
     write_atomically(path, json.dumps(facts, indent=2).encode() + b"\n")
 
 
-def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> dict[str, Any]:
+def manifest(
+    config: RunConfig,
+    inputs: Inputs,
+    teachers: Teachers | None,
+    identities: Mapping[str, TeacherIdentity],
+) -> dict[str, Any]:
     """Versions, fingerprints, hardware, and who the teachers are."""
     packages = (
         "jaxdistill",
@@ -51,13 +60,14 @@ def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> di
             "tokenizer": inputs.tokenizer.fingerprint,
             "parameters": count_parameters(inputs.decoder),
         },
-        "teachers": []
-        if teachers is None
-        else [
-            {"same_vocabulary": member.tokenizer.vocab_fingerprint == inputs.tokenizer.vocab_fingerprint}
-            | member.identity.to_json()
-            for member in teachers.members.values()
-        ],
+        "teachers": {
+            name: {
+                "same_vocabulary": teachers is not None
+                and teachers.members[name].tokenizer.vocab_fingerprint == inputs.tokenizer.vocab_fingerprint,
+                "identity": identity.to_json(),
+            }
+            for name, identity in identities.items()
+        },
         "data": {
             "fingerprint": inputs.prompts.fingerprint,
             "prompts": inputs.prompts.rows,
@@ -66,31 +76,34 @@ def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> di
     }
 
 
-def _check_same_teachers(path: Path, config: RunConfig, now: Sequence[Mapping[str, Any]]) -> None:
-    """Numbers of another teacher would not belong to those before. `now` are the new file's entries."""
-    then = {entry["name"]: entry for entry in _read_manifest(path).get("teachers", [])}
-    for settings, entry in zip(config.all_teachers, now, strict=True):
-        before = then.get(settings.name)
-        if before is None:
-            continue  # the config's check names a changed list of teachers
-        tolerance = settings.canary_tolerance if isinstance(settings, ServedSettings) else 0.0
-        other = _identity(before).difference(_identity(entry), tolerance)
-        if other is not None:
-            raise TeacherContractError(
-                f"teacher {settings.name!r} is not the one {path.parent} was begun with: {other}; serve that "
-                "one again, or use another run.dir"
-            )
+def _same_teacher(path: Path, config: RunConfig, name: str, now: TeacherIdentity) -> TeacherIdentity:
+    """Who this teacher was when the run began; numbers of another would not belong to those before."""
+    settings = next(one for one in config.all_teachers if one.name == name)
+    before = _recorded(path).get(name)
+    if before is None:
+        raise ConfigError(
+            f"{path} says nothing of teacher {name!r}, although the run has begun; restore it, or use "
+            "another run.dir"
+        )
+    tolerance = settings.canary_tolerance if isinstance(settings, ServedSettings) else 0.0
+    other = before.difference(now, tolerance)
+    if other is not None:
+        raise TeacherContractError(
+            f"teacher {name!r} is not the one {path.parent} was begun with: {other}; serve that one "
+            "again, or use another run.dir"
+        )
+    return before
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _recorded(path: Path) -> dict[str, TeacherIdentity]:
+    """The teachers of a manifest by their names in the config."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); restore it, or use another run.dir") from error
-
-
-def _identity(entry: Mapping[str, Any]) -> TeacherIdentity:
-    return TeacherIdentity.from_json({key: value for key, value in entry.items() if key != "same_vocabulary"})
+        entries = json.loads(path.read_text())["teachers"]
+        return {name: TeacherIdentity.from_json(entry["identity"]) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}); restore it, or use another run.dir") from error
 
 
 def count_parameters(decoder: Decoder) -> int:

@@ -14,7 +14,7 @@ from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
 from jaxdistill.samplers import RolloutConfig
-from jaxdistill.teachers import TeacherConfig
+from jaxdistill.teachers import ServedSettings, TeacherConfig
 
 _METRIC_GROUPS = frozenset({"eval", "seconds"})
 
@@ -68,6 +68,9 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"teachers are told apart by name in the metrics, got {names}; give each its own name"
             )
+        folders = [one.record for one in self.all_teachers if isinstance(one, ServedSettings) and one.record]
+        if len(set(folders)) < len(folders):
+            raise ValueError("two teachers record into one folder; a folder holds the scores of one teacher")
         if taken := sorted(set(names) & _METRIC_GROUPS):
             raise ValueError(f"a teacher cannot be called {taken[0]!r}: metrics have a group of that name")
         if self.objective.needs_teacher and not self.all_teachers:

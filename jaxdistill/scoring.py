@@ -53,12 +53,12 @@ def score(teachers: Teachers, rollouts: Sequence[Rollout], signal: Signal, stopw
     return Scored(rollouts, scores, alignments, targets)
 
 
-def distillation_metrics(scored: Scored) -> dict[str, Mean]:
-    """The headline figures of all rows; where several teachers scored them, also of each one's rows, as
+def distillation_metrics(scored: Scored, teachers: Sequence[str] = ()) -> dict[str, Mean]:
+    """The headline figures of all rows; with the names of several teachers, also of each one's rows, as
     `<teacher>/<figure>`."""
     metrics = _figures(scored)
-    names = sorted({s.teacher for s in scored.scores})
-    for name in names if len(names) > 1 else ():
+    asked = {s.teacher for s in scored.scores}
+    for name in [name for name in teachers if name in asked] if len(teachers) > 1 else []:
         metrics |= {f"{name}/{figure}": mean for figure, mean in _figures(scored.of(name)).items()}
     return metrics
 
@@ -72,41 +72,51 @@ def unscored_rows(scored: Scored) -> list[dict[str, Any]]:
             "detail": s.unscored.detail,
             "source": r.prompt.source,
             "index": r.prompt.index,
-            "messages": r.prompt.messages,
-            "response": r.response.text,
-            "response_ids": r.response.ids,
+            # A row that is merely long comes again every epoch; what it holds is in the data.
+            **({} if s.unscored.kind == "too_long" else _content(r)),
         }
         for r, s in zip(scored.rollouts, scored.scores, strict=True)
         if s.unscored is not None
     ]
 
 
+def _content(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "messages": rollout.prompt.messages,
+        "response": rollout.response.text,
+        "response_ids": rollout.response.ids,
+    }
+
+
 def _figures(scored: Scored) -> dict[str, Mean]:
     """The headline figures over a set of rollouts, whatever signal the objective uses.
 
     - `reverse_kl_per_byte`: sampled KL(p_S || p_T) in nats, over all aligned tokens, per aligned byte.
-    - `coverage`: aligned bytes over the student's bytes.
-    - `exact_fraction`: student tokens in one-to-one chunks over student tokens.
+    - `coverage`: aligned bytes over the student's bytes, in responses that have scores.
+    - `exact_fraction`: student tokens in one-to-one chunks over student tokens, in the same responses.
     - `finished_fraction`: responses that ended by themselves.
     - `response_tokens`: mean length in student tokens.
     - `unscored_fraction`: responses the teacher has no scores for (they are in quarantine.jsonl).
     """
-    kl = aligned_bytes = total_bytes = exact = tokens = finished = 0.0
+    kl = aligned_bytes = total_bytes = exact = scored_tokens = 0.0
     for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
+        if s.unscored is not None:
+            continue  # no word on how the tokenizers fit
         kl += response_kl(rollout, s, a)
         size = len(rollout.response.data)
         aligned_bytes += a.coverage * size
         total_bytes += size
         chunks = a.student_chunk[a.student_chunk >= 0]
         exact += float(a.exact[chunks].sum())
-        tokens += len(rollout.response)
-        finished += rollout.finished
+        scored_tokens += len(rollout.response)
     rows = float(len(scored.rollouts))
+    tokens = float(sum(len(r.response) for r in scored.rollouts))
+    finished = float(sum(r.finished for r in scored.rollouts))
     unscored = float(sum(s.unscored is not None for s in scored.scores))
     return {
         "reverse_kl_per_byte": Mean(kl, aligned_bytes),
         "coverage": Mean(aligned_bytes, total_bytes),
-        "exact_fraction": Mean(exact, tokens),
+        "exact_fraction": Mean(exact, scored_tokens),
         "finished_fraction": Mean(finished, rows),
         "response_tokens": Mean(tokens, rows),
         "unscored_fraction": Mean(unscored, rows),

@@ -1,5 +1,6 @@
 """How a teacher is configured: one model a kind, joined by `kind` into `TeacherConfig`. Times in seconds."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ class TeacherSettings(StrictConfig):
     share: float = Field(
         default=1.0,
         gt=0,
-        description="several teachers: its part of the prompts no teacher names the source of",
+        description="several teachers: its part of the prompts that others could score as well",
     )
     weight: float = Field(default=1.0, gt=0, description="weight of its rows in the objective")
     top_k: int = Field(default=0, ge=0, description="most likely tokens asked for at each position; 0: none")
@@ -123,6 +124,14 @@ class SGLangConfig(ServedSettings):
         listed = (self.endpoint,) if isinstance(self.endpoint, str) else self.endpoint
         return tuple(url.rstrip("/") for url in listed)
 
+    @field_validator("api_key_env")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        # What stands here by mistake may be the key itself: it is not repeated.
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("the NAME of an environment variable is expected here, not the key")
+        return value
+
     @field_validator("endpoint")
     @classmethod
     def _urls(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -166,7 +175,11 @@ TeacherConfig = Annotated[SGLangConfig | EmbeddedConfig | ReplayConfig, Field(di
 
 def _check_url(url: str) -> None:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        sound = parts.port != 0 and parts.hostname and not any(sign.isspace() for sign in url)
+    except ValueError:  # a port that is no number, or none there can be
+        sound = False
+    if parts.scheme not in ("http", "https") or not sound:
         raise ValueError("a URL such as http://host:30000 is expected")
     if parts.username is not None or parts.password is not None:
         raise ValueError("the URL holds credentials; put the key in a variable and name it in api_key_env")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from jaxdistill.teachers.config import ReplayConfig
 from jaxdistill.teachers.identity import TeacherIdentity
 
 _TEACHER = b"jaxdistill.teacher"  # schema metadata: the teacher's identity as JSON
+_TOLERANCE = b"jaxdistill.canary_tolerance"  # and how far its canary may have moved since the first file
+_OPEN_PARTS = 4  # files held in memory: a run asks for one batch after the other
 _SCHEMA = pa.schema(
     {
         "key": pa.binary(32),
@@ -48,9 +51,11 @@ class ScoreRecorder:
         """The folder is made with the first batch. Raises `ConfigError` where it holds another teacher's
         scores."""
         self.folder = folder
-        self._schema = _SCHEMA.with_metadata({_TEACHER: json.dumps(identity.to_json()).encode()})
+        self._schema = _SCHEMA.with_metadata(
+            {_TEACHER: json.dumps(identity.to_json()).encode(), _TOLERANCE: str(tolerance).encode()}
+        )
         parts = _parts(folder)
-        if parts and (other := _identity(parts[0]).difference(identity, tolerance)):
+        if parts and (other := _identity(parts[0])[0].difference(identity, tolerance)):
             raise ConfigError(
                 f"teacher.record={folder} holds another teacher's scores ({other}); choose another folder"
             )
@@ -64,17 +69,18 @@ class ScoreRecorder:
         if not rows:
             return
         path = self.folder / f"part-{self._next:06d}.parquet"
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.Table.from_pylist(rows, schema=self._schema), temporary, compression="zstd")
-            os.replace(temporary, path)
+            os.link(temporary, path)  # fails where another process wrote this part meanwhile
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise DataError(
-                f"{path}: the scores cannot be written ({error.strerror or error}); make room, or leave out "
-                "teacher.record"
+                f"{path}: the scores cannot be written ({error.strerror or error}); make room, see that no "
+                "other process records there, or leave out teacher.record"
             ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
         self._next += 1
 
 
@@ -93,19 +99,21 @@ class ReplayTeacher:
                 f"teacher.path={config.path} holds no recorded scores (part-*.parquet); record some with "
                 "teacher.record in a run with a live teacher"
             )
-        self.identity = _identity(parts[0])
+        self.identity, tolerance = _identity(parts[0])
         if self.identity.tokenizer != self.tokenizer.fingerprint:
             raise ConfigError(
                 f"teacher.path={config.path} was recorded with tokenizer {self.identity.tokenizer[:12]}, but "
                 f"teacher.tokenizer={config.tokenizer} is {self.tokenizer.fingerprint[:12]}; name that one"
             )
-        for part in parts[1:]:
-            if _identity(part).canary != self.identity.canary:
-                raise ConfigError(f"{part} holds the scores of another teacher than {parts[0].name}")
-        self._table = pa.concat_tables(_read(part) for part in parts).combine_chunks()
-        # A row recorded twice was asked twice, by a resumed run or another epoch: the last one stands.
-        self._rows = {key: row for row, key in enumerate(self._table["key"].to_pylist())}
-        self._check_extras()
+        # Where each score lies: file and row. One recorded twice was asked twice, by a resumed run or another
+        # epoch; the last one stands.
+        self._places: dict[bytes, tuple[Path, int]] = {}
+        for part in parts:
+            if other := self.identity.difference(_identity(part)[0], tolerance):
+                raise ConfigError(f"{part} holds the scores of another teacher than {parts[0].name}: {other}")
+            self._index(part)
+        # A recording can be larger than the memory, and is asked for in the order it was made.
+        self._open = lru_cache(_OPEN_PARTS)(partial(_read, columns=self._columns))
         self._missing = 0
 
     def check(self) -> TeacherIdentity:
@@ -127,8 +135,8 @@ class ReplayTeacher:
 
     def _score(self, rollout: Rollout, view: View) -> TeacherScores:
         prompt, response = view
-        number = self._rows.get(_key(view))
-        if number is None and len(response):
+        place = self._places.get(_key(view))
+        if place is None and len(response):
             self._missing += 1
             why = Unscored(
                 "not_recorded",
@@ -136,11 +144,14 @@ class ReplayTeacher:
                 f"{rollout.prompt.index} ({len(prompt)} prompt and {len(response)} response tokens)",
             )
             return TeacherScores(response.head(0), np.zeros(0, np.float32), self.name, "", unscored=why)
-        if number is None:
+        if place is None:
             return TeacherScores(response, np.zeros(0, np.float32), self.name, "")
 
+        part, row = place
+        table = self._open(part)
+
         def column(name: str) -> np.ndarray:
-            return self._table[name][number].values.to_numpy(zero_copy_only=False)
+            return table[name][row].values.to_numpy(zero_copy_only=False)
 
         logprobs = column("logprobs")
         k = self.config.top_k
@@ -149,23 +160,38 @@ class ReplayTeacher:
             response=response.head(len(logprobs)),
             logprobs=logprobs,
             teacher=self.name,
-            weight_version=self._table["weight_version"][number].as_py(),
+            weight_version=table["weight_version"][row].as_py(),
             topk_ids=column("topk_ids").reshape(shape)[:, :k] if k else None,
             topk_logprobs=column("topk_logprobs").reshape(shape)[:, :k] if k else None,
             end_logprobs=column("end_logprobs") if self.config.end_logprobs else None,
         )
 
-    def _check_extras(self) -> None:
-        fewest = min(self._table["top_k"].to_pylist())
+    @property
+    def _columns(self) -> list[str]:
+        """What has to be read of a file to answer."""
+        extras = ["topk_ids", "topk_logprobs"] if self.config.top_k else []
+        return [
+            "logprobs",
+            "weight_version",
+            *extras,
+            *(["end_logprobs"] if self.config.end_logprobs else []),
+        ]
+
+    def _index(self, part: Path) -> None:
+        """Note where the scores of one file lie. Raises `ConfigError` where they lack what is asked for."""
+        table = _read(part, ["key", "top_k", *(["end_logprobs"] if self.config.end_logprobs else [])])
+        fewest = min(table["top_k"].to_pylist())
         if fewest < self.config.top_k:
             raise ConfigError(
-                f"teacher.top_k={self.config.top_k}, but {self.config.path} was recorded with {fewest}; ask "
-                "for no more than that"
+                f"teacher.top_k={self.config.top_k}, but {part} was recorded with {fewest}; ask for no more "
+                "than that"
             )
-        if self.config.end_logprobs and self._table["end_logprobs"].null_count:
+        if self.config.end_logprobs and table["end_logprobs"].null_count:
             raise ConfigError(
-                f"teacher.end_logprobs=true, but {self.config.path} was recorded without them; leave it out"
+                f"teacher.end_logprobs=true, but {part} was recorded without them; leave it out"
             )
+        for row, key in enumerate(table["key"].to_pylist()):
+            self._places[key] = (part, row)
 
 
 def _key(view: View) -> bytes:
@@ -205,17 +231,18 @@ def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def _read(part: Path) -> pa.Table:
+def _read(part: Path, columns: Sequence[str]) -> pa.Table:
     try:
-        return pq.read_table(part, schema=_SCHEMA)
+        return pq.read_table(part, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{part} cannot be read as recorded scores ({error}); remove it") from error
 
 
-def _identity(part: Path) -> TeacherIdentity:
+def _identity(part: Path) -> tuple[TeacherIdentity, float]:
+    """Whose scores a file holds, and by how many nats a token its canary may differ from the others'."""
     try:
         metadata = pq.read_schema(part).metadata or {}
-        return TeacherIdentity.from_json(json.loads(metadata[_TEACHER]))
+        return TeacherIdentity.from_json(json.loads(metadata[_TEACHER])), float(metadata[_TOLERANCE])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise DataError(
             f"{part} does not say whose scores it holds ({error!r}); expected a file written by "

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from jaxdistill.errors import ConfigError, TeacherContractError
@@ -71,7 +71,7 @@ class Teachers:
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """Each rollout's scores by its teacher, in the order given.
 
-        Raises what a teacher raises, once the others have answered too: no request is left running."""
+        Raises what a teacher raises. An interrupt leaves the others' requests to `close`."""
         rows: dict[str, list[int]] = {}
         for row, rollout in enumerate(rollouts):
             rows.setdefault(self.routes.choose(rollout.prompt), []).append(row)
@@ -79,9 +79,8 @@ class Teachers:
             name: self._threads.submit(self.members[name].score, [rollouts[row] for row in mine])
             for name, mine in rows.items()
         }
-        failures = [error for one in work.values() if (error := one.exception()) is not None]
-        if failures:
-            raise failures[0]
+        for done in as_completed(work.values()):
+            done.result()  # the first failure ends the batch, whoever is still waiting for an answer
         scores = {
             row: score
             for name, mine in rows.items()
@@ -95,7 +94,13 @@ class Teachers:
 
     def check_share(self, scores: Sequence[TeacherScores]) -> None:
         """Raise `TeacherContractError` where a teacher left more of its rows without scores than its
-        `max_unscored` allows. Rows longer than it reads do not count: that is the data's doing."""
+        `max_unscored` allows. Rows longer than it reads do not count there, that is the data's doing; but
+        where nothing else is left, nothing is learned."""
+        reasons = [s.unscored for s in scores if s.unscored is not None]
+        if reasons and len(reasons) == len(scores):
+            raise TeacherContractError(
+                f"none of {len(scores)} responses got scores; the first: {reasons[0].detail}"
+            )
         for one in self.routes.settings:
             mine = [s for s in scores if s.teacher == one.name]
             bad = [s.unscored for s in mine if s.unscored is not None and s.unscored.kind != "too_long"]
@@ -114,7 +119,7 @@ class Teachers:
         }
 
     def close(self) -> None:
-        """Close every teacher; calling it again does nothing."""
-        self._threads.shutdown()
+        """Close every teacher, which ends the requests still under way; calling it again does nothing."""
         for member in self.members.values():
             member.close()
+        self._threads.shutdown()

@@ -6,6 +6,7 @@ answered (`identity`).
 Letters: S teacher response tokens.
 """
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.errors import ConfigError, TeacherContractError
+from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
 from jaxdistill.records import END_OF_TURN, ROLE_NAMES, Rollout, TeacherScores, TokenSpans, Unscored
 from jaxdistill.teachers.base import teacher_views
 from jaxdistill.teachers.checks import (
@@ -39,6 +40,8 @@ from jaxdistill.teachers.replay import ScoreRecorder
 from jaxdistill.teachers.replies import RowScores, read_reply
 from jaxdistill.teachers.transport import Policy, Reply, Transport
 from jaxdistill.text import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Newer and older servers.
 MODEL_INFO = ("/model_info", "/get_model_info")
@@ -81,10 +84,14 @@ class SGLangTeacher:
         """Ask every endpoint what it serves, before any work: is it reachable and the key right, how long a
         row may be, is the tokenizer the served model's, and do all of them give the canary the same values.
 
-        Raises `TeacherUnavailable`, `TeacherContractError`, or `ConfigError` for another tokenizer.
+        One that does not answer is left to the breaker while another does: when it comes back, the canary in
+        its replies tells whether it is the same model.
+
+        Raises `TeacherUnavailable`, `TeacherContractError`, or
+        `ConfigError` for another tokenizer.
         """
-        endpoints = self._transport.endpoints
-        longest = min(map(self._longest, endpoints))
+        lengths = self._lengths()
+        endpoints, longest = list(lengths), min(lengths.values())
         found = [self._identify(endpoint, longest) for endpoint in endpoints]
         for endpoint, other in zip(endpoints[1:], found[1:], strict=True):
             difference = found[0].difference(other, self.settings.canary_tolerance)
@@ -143,6 +150,21 @@ class SGLangTeacher:
     def close(self) -> None:
         """Close the connections; calling it again does nothing."""
         self._transport.close()
+
+    def _lengths(self) -> dict[str, int]:
+        """The longest row of each endpoint that answers; raises where none does."""
+        lengths: dict[str, int] = {}
+        silent: list[TeacherUnavailable] = []
+        for endpoint in self._transport.endpoints:
+            try:
+                lengths[endpoint] = self._longest(endpoint)
+            except TeacherUnavailable as error:
+                silent.append(error)
+        if not lengths:
+            raise silent[0]
+        for error in silent:
+            logger.warning("%s (the run starts with the other endpoints)", error)
+        return lengths
 
     def _longest(self, endpoint: str) -> int:
         """The longest row this endpoint reads, within what the configuration allows."""

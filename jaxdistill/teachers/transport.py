@@ -3,7 +3,8 @@
 What is worth another try (connection trouble, timeouts, 429, 5xx) is tried again with jittered
 exponential backoff until the time for the batch is used up, and ends as `TeacherUnavailable`; every other
 refusal is final and raises `TeacherContractError` with the server's own words. Endpoints that fail in a
-row are left alone and probed; a request that lags is sent a second time.
+row are left alone and probed, with copies for whose replies nobody waits while other endpoints are well; a
+request that lags is sent a second time.
 """
 
 import asyncio
@@ -101,6 +102,7 @@ class Transport:
         self._counts: Counter[str] = Counter()
         self._random = random.Random()  # the process's own generator belongs to the run
         self._hedges = Hedges(policy.hedge_share)
+        self._probes: set[asyncio.Task[Reply]] = set()  # those nobody waits for
         self._health = Endpoints(
             self.endpoints, failures=policy.breaker_failures, probe_s=policy.breaker_probe_s
         )
@@ -133,8 +135,8 @@ class Transport:
         return self._wait(self._answer([call], "start_timeout_s"))[0]
 
     def take_counts(self) -> dict[str, int]:
-        """What happened since the last call: `requests` sent in all, `retries` and `hedges` among them,
-        and `breaker_openings`."""
+        """What happened since the last call: `requests` sent in all, `retries` and `hedges` (second
+        copies: of what lagged, and of what was a probe) among them, and `breaker_openings`."""
         counts, self._counts = self._counts, Counter()
         counts["breaker_openings"], self._health.openings = self._health.openings, 0
         return {name: counts[name] for name in COUNTED}
@@ -219,16 +221,14 @@ class Transport:
         return state.args[0].broken >= self.policy.attempts or self._gone()
 
     def _pause(self, state: RetryCallState) -> float:
-        """Full jitter: uniform below a bound that doubles; at least what the server asked for."""
+        """Full jitter: uniform below a bound that doubles; on top of what the server asked for, which only
+        the budget ends."""
         call: _Call = state.args[0]
         if not self._health.usable(call.only):
             return 0.0  # the breaker is what paces the tries then
-        failure = state.outcome.exception() if state.outcome else None
-        asked = failure.retry_after_s if isinstance(failure, PassingFailure) else None
-        longest = self.policy.backoff_max_s
         # The exponent is bounded because tries are not: a float ends at 2 ** 1023.
-        bound = min(longest, self.policy.backoff_s * 2.0 ** min(call.tries - 1, 64))
-        return min(longest, (asked or 0.0) + self._random.uniform(0.0, bound))
+        bound = min(self.policy.backoff_max_s, self.policy.backoff_s * 2.0 ** min(call.tries - 1, 64))
+        return self._health.rest(call.only) + self._random.uniform(0.0, bound)
 
     async def _try(self, call: _Call) -> Reply:
         self._counts["retries"] += call.tries > 0
@@ -244,15 +244,20 @@ class Transport:
         """One try: a request, and a second one beside it if the first one lags."""
         lease = await self._health.lease(call.only, call.avoid)
         self._hedges.sent()
-        tasks = [asyncio.create_task(self._send(call, lease))]
+        tasks = [self._start(call, lease)]
         try:
+            if lease.probe and (well := await self._elsewhere(call, tasks[0])):
+                self._let_go(tasks.pop())
+                lease = well
+                tasks.append(self._start(call, lease))
+                self._counts["hedges"] += 1
             if not await self._lags(call, tasks[0]):
                 return await tasks[0]
             spare = self._health.spare(call.only, lease.url)
             assert spare is not None, "_lags has seen to it"
             self._counts["hedges"] += 1
             async with self._slots:
-                tasks.append(asyncio.create_task(self._send(call, spare)))
+                tasks.append(self._start(call, spare))
                 reply = await _first_sound(tasks)
             if reply.endpoint != lease.url:
                 # An endpoint that only ever lags would never fail otherwise, and always look idle.
@@ -260,6 +265,26 @@ class Transport:
             return reply
         finally:
             await _give_up(tasks)
+
+    async def _elsewhere(self, call: _Call, probe: asyncio.Task[Reply]) -> Lease | None:
+        """Wait until `probe` has ended (None), or an endpoint known to be well can be asked instead."""
+        while not probe.done():
+            if well := self._health.spare(call.only):
+                return well
+            await asyncio.wait({probe}, timeout=self.policy.breaker_probe_s)
+        return None
+
+    def _let_go(self, probe: asyncio.Task[Reply]) -> None:
+        """Leave a probe to itself: it finds out about its endpoint until its own deadline, beside the slots
+        (one an endpoint at most, where nothing else is sent), and its reply is dropped."""
+
+        def ended(probe: asyncio.Task[Reply]) -> None:
+            self._probes.discard(probe)
+            if not probe.cancelled():
+                probe.exception()  # asyncio reports what nobody looked at
+
+        self._probes.add(probe)  # asyncio itself may forget a task nobody holds
+        probe.add_done_callback(ended)
 
     async def _lags(self, call: _Call, first: asyncio.Task[Reply]) -> bool:
         """Wait until `first` has ended (False), or it lags and a second request may be sent (True).
@@ -275,22 +300,30 @@ class Transport:
                 return True
             patience = max(0.01, (patience or 0.0) / 4)
 
+    def _start(self, call: _Call, lease: Lease) -> asyncio.Task[Reply]:
+        task = asyncio.create_task(self._send(call, lease))
+        # `_send` cannot give the lease back if it is cancelled before its first line.
+        task.add_done_callback(lambda _: self._health.end(lease, None))
+        return task
+
     async def _send(self, call: _Call, lease: Lease) -> Reply:
         """One exchange; what it tells about its endpoint and about latencies is noted."""
         self._counts["requests"] += 1
         began = time.monotonic()
-        well, reason = None, ""
+        well, reason, late = None, "", False
         try:
             body = await self._wire.exchange(lease.url, call.method, call.path, call.payload, call.largest)
             well = True
         except PassingFailure as failure:
-            well, reason = failure.status == 429, str(failure)  # one that is busy is alive
+            well, reason, late = failure.status == 429, str(failure), failure.late  # a busy one is alive
+            if failure.retry_after_s is not None:
+                self._health.put_off(lease.url, failure.retry_after_s)
             raise
         except TeacherContractError:
             well = True
             raise
         finally:
-            self._health.end(lease, well, reason)
+            self._health.end(lease, well, reason, late=late)
         seconds = time.monotonic() - began
         self._hedges.answered(len(call.payload or b""), seconds)
         return Reply(lease.url, body, seconds)

@@ -10,7 +10,10 @@ import asyncio
 import io
 import ipaddress
 import json
+import math
 import socket
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
@@ -32,12 +35,19 @@ class PassingFailure(Exception):
     """One failed exchange that may go better the next time; never leaves the teachers' HTTP client."""
 
     def __init__(
-        self, endpoint: str, reason: str, *, status: int | None = None, retry_after_s: float | None = None
+        self,
+        endpoint: str,
+        reason: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        late: bool = False,  # the whole deadline went by
     ):
         super().__init__(reason)
         self.endpoint = endpoint
         self.status = status
         self.retry_after_s = retry_after_s
+        self.late = late
 
 
 class _ForbiddenAddress(OSError):
@@ -118,7 +128,7 @@ class Wire:
         if isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):
             return PassingFailure(endpoint, f"{type(error).__name__}: {said}")
         if isinstance(error, TimeoutError):
-            return PassingFailure(endpoint, f"no whole reply within {self._timeout_s:g} s")
+            return PassingFailure(endpoint, f"no whole reply within {self._timeout_s:g} s", late=True)
         return TeacherContractError(
             f"teacher at {endpoint}: {what} got {type(error).__name__} ({said}), expected HTTP; check that "
             "the address is an SGLang server's"
@@ -229,9 +239,22 @@ def server_message(content: bytes | bytearray) -> str:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds of a Retry-After header; None where it is absent or a date (backoff alone decides)."""
-    try:
-        seconds = float(header) if header else None
-    except ValueError:
+    """Seconds of a Retry-After header, given as such or as a date by this machine's clock (0 once past);
+    None where it is absent or neither."""
+    if not header:
         return None
-    return seconds if seconds is not None and seconds >= 0 else None
+    try:
+        seconds = float(header)
+    except ValueError:
+        return _seconds_until(header)
+    return seconds if 0 <= seconds < math.inf else None
+
+
+def _seconds_until(date: str) -> float | None:
+    try:
+        when = parsedate_to_datetime(date)
+    except (ValueError, OverflowError):
+        return None
+    # An HTTP date is in GMT; one that says so as "-0000" is read as having no zone.
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return max(0.0, (when - datetime.now(UTC)).total_seconds())

@@ -294,3 +294,31 @@ def test_another_model_stops_the_run_within_the_batch(
         then(server, *[honest] * after, other)
         with pytest.raises(TeacherContractError, match="another model is served at"):
             teacher.score(batch)
+
+
+def test_a_silent_replica_keeps_no_run_from_starting_and_must_prove_itself_later(
+    tokenizer: Tokenizer, batch: list[Rollout], caplog: pytest.LogCaptureFixture
+) -> None:
+    with FaultServer(vocab_size=tokenizer.vocab_size) as here, FaultServer() as away:
+        away.vocab_size = tokenizer.vocab_size
+        away.down()
+        config = SGLangConfig(
+            endpoint=(here.url, away.url),
+            tokenizer="unused",
+            start_timeout_s=0.5,
+            breaker_probe_s=0.05,
+            max_tokens_per_request=GROUP,
+        )
+        teacher = SGLangTeacher(config, tokenizer=tokenizer)
+        try:
+            teacher.check()
+            assert away.url in caplog.text and "starts with the other endpoints" in caplog.text
+            clean = teacher.score(batch)
+            away.up()
+            assert compare(clean, teacher.score(batch)) == []
+            away.drift = 1.0
+            with pytest.raises(TeacherContractError, match=f"another model is served at {away.url}"):
+                for _ in range(50):
+                    teacher.score(batch)
+        finally:
+            teacher.close()

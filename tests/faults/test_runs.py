@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from tests.runs.conftest import ROOT, environment, rows
 
-from .server import FaultServer, Schedule, lies, reset, share, status
+from .server import FaultServer, Schedule, lies, never, reset, share, status
 
 pytestmark = pytest.mark.faults
 
@@ -120,6 +121,20 @@ def test_a_teacher_that_never_comes_back_ends_the_run_with_a_checkpoint(tmp_path
         server.up()
         finish(start(tmp_path, server, "run", steps=made + 2, teacher="batch_budget_s: 4"))
     assert [row["step"] for row in rows(folder)] == list(range(made + 2))
+
+
+def test_an_interrupt_ends_a_run_whose_teacher_hangs(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        process = start(tmp_path, server, "run", steps=100)
+        wait_until(lambda: steps_of(tmp_path / "run") >= 2, process)
+        server.schedule = lambda _: never
+        asked = len(server.bodies)
+        wait_until(lambda: len(server.bodies) > asked, process)
+        process.send_signal(signal.SIGINT)
+        interrupted = time.monotonic()
+        output = finish(process, 130)
+        assert time.monotonic() - interrupted < 15  # the budget is 900 s
+    assert "interrupted" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("change", ["weights", "version"])

@@ -172,6 +172,48 @@ def test_a_bad_replica_is_left_out_while_the_other_works(fault: Fault) -> None:
         assert both.take_counts()["breaker_openings"] == 1
 
 
+def test_a_deaf_replica_costs_one_deadline_once(stalls: Stalls) -> None:
+    """Batches of 6 one after another, each small enough for nothing to be known about its like at first."""
+    deadline, usual = 1.5, 0.05
+    policy = quick(request_timeout_s=deadline, breaker_probe_s=0.02)
+    opened: list[float] = []
+    with (
+        FaultServer(always(slow(usual))) as good,
+        FaultServer(always(never)) as deaf,
+        to(good, deaf, policy=policy) as both,
+    ):
+        asked = bodies(6)
+        until = time.monotonic() + 4.0 * deadline
+        while time.monotonic() < until:
+            began = time.monotonic()
+            assert values(score(both, asked)) == [good.reply(body) for body in asked]
+            opened.append(time.monotonic() - began - stalls.since(began))
+        counts = both.take_counts()
+        probes = len(deaf.bodies) - 3  # half of the first batch
+    assert deadline <= opened[0] < deadline + 0.5
+    assert max(opened[1:]) < 5 * usual
+    assert 2 <= probes <= 4 and counts["hedges"] == probes
+    assert counts["breaker_openings"] == 1
+
+
+def test_who_probes_a_deaf_replica_asks_another_as_soon_as_one_is_back(stalls: Stalls) -> None:
+    """Both are left alone; the first to be probed never answers, the other one recovers."""
+    policy = quick(request_timeout_s=15.0, breaker_failures=1, breaker_probe_s=0.2)
+    with (
+        FaultServer(always(status(503))) as deaf,
+        FaultServer() as other,
+        to(deaf, other, policy=policy) as both,
+    ):
+        deaf.schedule = lambda number: status(503) if number < 2 else never
+        other.schedule = script(*[status(503)] * 4)
+        began = time.monotonic()
+        score(both, bodies(4))
+        assert time.monotonic() - began < 5.0 + stalls.since(began)
+        counts = both.take_counts()
+        assert counts["breaker_openings"] == 2
+        assert counts["hedges"] == 1 and deaf.at_once <= 1, "the probe was let go of"
+
+
 def test_a_replica_that_is_back_is_used_again() -> None:
     with FaultServer() as one, FaultServer() as two, to(one, two) as both:
         two.down()

@@ -54,10 +54,8 @@ def test_two_teachers_one_of_them_of_the_student_s_own_vocabulary(tmp_path: Path
     # The second teacher is the student itself: before the first update they agree to rounding.
     assert abs(made[0]["own/reverse_kl_per_byte"]) < 1e-4 < made[0]["cross/reverse_kl_per_byte"]
     manifest = json.loads((tmp_path / "two/manifest.json").read_text())
-    assert [(t["name"], t["same_vocabulary"]) for t in manifest["teachers"]] == [
-        ("cross", False),
-        ("own", True),
-    ]
+    same = {name: teacher["same_vocabulary"] for name, teacher in manifest["teachers"].items()}
+    assert same == {"cross": False, "own": True}
 
 
 def test_a_replayed_run_has_the_recorded_run_s_losses(tmp_path: Path) -> None:
@@ -73,7 +71,7 @@ def test_a_replayed_run_has_the_recorded_run_s_losses(tmp_path: Path) -> None:
     assert len(table["topk_ids"]) == 3 * size and len(table["end_logprobs"]) == size + 1
     assert (np.diff(np.reshape(table["topk_logprobs"], (size, 3))) <= 1e-4).all()
     said = run(tmp_path, "longer", {"teacher": replay}, steps=5, code=1)
-    assert "has no scores for this response" in said and "max_unscored" in said
+    assert "has no scores for this response" in said
     kept = [json.loads(line) for line in (tmp_path / "longer/quarantine.jsonl").read_text().splitlines()]
     assert {(row["step"], row["kind"]) for row in kept} == {(3, "not_recorded")}
 

@@ -105,6 +105,55 @@ def test_a_bad_replica_is_left_out_while_others_work() -> None:
     assert health.spare(avoid=B) is not None  # B is all there is
 
 
+def test_probes_in_vain_grow_rare_while_others_are_well_and_only_then() -> None:
+    health, clock = endpoints(A, B)
+    fail(health, 3, only=A)
+    waits = []
+    for _ in range(7):
+        since = clock.now
+        while not (lease := lent(health)).probe:
+            health.end(lease, True)
+            clock.now += 0.5
+        health.end(lease, False, "still broken")
+        waits.append(clock.now - since)
+    assert waits == [5.0, 10.0, 20.0, 40.0, 80.0, 80.0, 80.0]
+    clock.now += 5.0
+    assert lent(health).url == B
+    fail(health, 3, only=B)
+    assert lent(health).url == A, "with nobody else to ask it is due as often as ever"
+
+
+def test_a_recovery_forgets_the_probes_in_vain() -> None:
+    health, clock = endpoints(A, B)
+    fail(health, 3, only=A)
+    for well in (False, False, True):
+        clock.now += 100.0
+        health.end(lent(health), well, "broken")
+    fail(health, 3, only=A)
+    clock.now += 5.0
+    assert lent(health).probe
+
+
+def test_a_whole_deadline_is_failure_enough_where_there_is_another() -> None:
+    health, _ = endpoints(A, B)
+    health.end(lent(health, only=A), False, "late", late=True)
+    assert not health.usable(A)
+    health.end(lent(health, only=B), False, "late", late=True)
+    assert health.usable(B) and health.openings == 1
+
+
+def test_who_asked_to_be_left_alone_is_asked_last() -> None:
+    health, clock = endpoints(A, B)
+    health.put_off(A, 60.0)
+    assert health.rest() == 0.0 and health.rest(A) == 60.0
+    assert {lent(health, avoid=B).url for _ in range(5)} == {B}
+    health.put_off(B, 20.0)
+    clock.now += 5.0
+    assert health.rest() == 15.0
+    clock.now += 60.0
+    assert health.rest(A) == 0.0 and lent(health).url == A
+
+
 def test_a_request_from_before_does_not_stand_for_the_probe() -> None:
     health, clock = endpoints(A)
     early, late = lent(health), lent(health)

@@ -142,6 +142,30 @@ def test_recording_goes_on_where_it_stopped_and_the_last_word_counts(tokenizer, 
     np.testing.assert_array_equal(replay(tmp_path).score([rollout(b"one")])[0].logprobs, again.logprobs)
 
 
+def test_a_recording_that_went_on_after_a_restart_of_the_teacher_replays(
+    tokenizer, rollout, replay, tmp_path
+):
+    """A server's canary is not the same to the last bit after a restart."""
+    rows = [rollout(f"text {i}") for i in range(6)]
+    views = teacher_views(tokenizer, rows)
+    for i, canary in enumerate((-1.0, -1.02, -0.99)):
+        recorder = ScoreRecorder(tmp_path, identity(tokenizer, canary), tolerance=0.1)
+        recorder.write(
+            views[2 * i : 2 * i + 2], [scores_of(v, 0, False, i) for v in views[2 * i : 2 * i + 2]]
+        )
+    assert all(s.unscored is None for s in replay(tmp_path).score(rows))
+
+
+def test_two_processes_never_write_one_part(tokenizer, rollout, tmp_path):
+    view = teacher_views(tokenizer, [rollout("one")])
+    first = ScoreRecorder(tmp_path, identity(tokenizer), tolerance=0.1)
+    second = ScoreRecorder(tmp_path, identity(tokenizer), tolerance=0.1)
+    first.write(view, [scores_of(view[0], 0, False)])
+    with pytest.raises(DataError, match="no other process records there"):
+        second.write(view, [scores_of(view[0], 0, False)])
+    assert [path.name for path in tmp_path.iterdir()] == ["part-000000.parquet"]
+
+
 def test_no_recording_and_a_broken_one(tokenizer, rollout, replay, tmp_path):
     with pytest.raises(ConfigError, match="holds no recorded scores"):
         replay(tmp_path)

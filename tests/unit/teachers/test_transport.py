@@ -1,13 +1,18 @@
 """The HTTP client where servers behave, or refuse in words: order, bounds, messages, counts, the end."""
 
+import math
 import threading
 import time
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta, timezone
+from email.utils import format_datetime
 from typing import Any
 
 import orjson
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
 from jaxdistill.teachers.config import SGLangConfig
@@ -91,19 +96,70 @@ def test_the_message_is_found_in_every_shape(body: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("2", 2.0), ("0.5", 0.5), (None, None), ("", None), ("-1", None), ("nan", None), ("Wed, 21 Oct", None)],
+    [
+        *(("2", 2.0), ("0.5", 0.5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)),
+        *((None, None), ("", None), ("-1", None), ("nan", None), ("inf", None), ("Wed, 21 Oct", None)),
+        ("Wed, 21 Oct 2015 07:28:00 +99999999999999", None),
+    ],
 )
 def test_retry_after_is_read(header: str | None, seconds: float | None) -> None:
     assert _retry_after(header) == seconds
 
 
-def test_retry_after_is_waited_for_up_to_the_longest_pause() -> None:
-    busy = [status(429, b"", Retry_After="0.3"), status(503, b"", Retry_After="1e9")]
-    with FaultServer(script(*busy)) as server, to(server) as transport:
+@pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=-7))])
+def test_retry_after_may_be_a_date(zone: timezone) -> None:
+    seconds = _retry_after(format_datetime(datetime.now(zone) + timedelta(seconds=60)))
+    assert seconds is not None and 58 < seconds <= 60
+    when = (datetime.now(UTC) + timedelta(seconds=60)).strftime("%a, %d %b %Y %H:%M:%S")
+    for name in ("GMT", "-0000"):
+        seconds = _retry_after(f"{when} {name}")
+        assert seconds is not None and 58 < seconds <= 60
+
+
+@given(header=st.text() | st.from_regex(r"[A-Z][a-z]{2}, \d+ [A-Z][a-z]{2} \d+ \d+:\d+:\d+ [+-]?\d*"))
+def test_whatever_retry_after_says_it_is_seconds_or_nothing(header: str) -> None:
+    seconds = _retry_after(header)
+    assert seconds is None or 0 <= seconds < math.inf
+
+
+def test_retry_after_is_waited_for_beyond_the_longest_pause_of_our_own() -> None:
+    busy = [status(429, b"", Retry_After="0.3"), status(503, b"", Retry_After="0.4")]
+    policy = client.quick(backoff_max_s=0.02)
+    with FaultServer(script(*busy)) as server, to(server, policy=policy) as transport:
         began = time.monotonic()
         score(transport, bodies(1))
-        assert 0.3 + QUICK.backoff_max_s <= time.monotonic() - began < 2.0
+        assert 0.3 + 0.4 <= time.monotonic() - began < 2.0
         assert transport.take_counts()["retries"] == 2
+
+
+def test_retry_after_a_date_is_waited_for() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    with FaultServer(script(status(429, b"", Retry_After=soon))) as server, to(server) as transport:
+        began = time.monotonic()
+        score(transport, bodies(1))
+        assert 0.7 < time.monotonic() - began < 4.0  # dates have whole seconds
+
+
+def test_retry_after_ends_with_the_budget() -> None:
+    policy = client.quick(batch_budget_s=0.5)
+    with (
+        FaultServer(always(status(429, b"", Retry_After="1e9"))) as server,
+        to(server, policy=policy) as transport,
+    ):
+        began = time.monotonic()
+        with pytest.raises(TeacherUnavailable, match=r"within the 0\.5 s"):
+            score(transport, bodies(1))
+        assert 0.5 <= time.monotonic() - began < 1.5
+        assert len(server.bodies) == 1, "it was not asked again before its time"
+
+
+def test_who_need_not_wait_for_one_replica_asks_the_other() -> None:
+    busy = always(status(429, b"", Retry_After="60"))
+    with FaultServer(busy) as one, FaultServer() as two, to(one, two) as both:
+        began = time.monotonic()
+        assert {reply.endpoint for reply in score(both, bodies(20))} == {two.url}
+        assert time.monotonic() - began < 3.0
+        assert 1 <= len(one.bodies) <= QUICK.max_concurrency
 
 
 def test_a_status_500_ends_after_its_attempts_and_says_who_and_how_often() -> None:
