@@ -10,6 +10,7 @@ _WORDS = {
     "serve": "serve a model folder over HTTP as a teacher: --model DIR --port N",
     "export": "write a run's student as a Hugging Face folder: --run DIR [--step N] --out DIR",
     "report": "write report.html of a run folder: --run DIR",
+    "doctor": "check a run before it starts: --config FILE [a.b=c ...]",
     "align": "how two tokenizers cut the same text: --student DIR --teacher DIR [--text FILE] [--html OUT]",
 }
 _MODULES = {word: f"jaxdistill.{word}.__main__" for word in ("align", "report")}  # rooms with a command

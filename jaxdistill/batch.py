@@ -24,7 +24,8 @@ class Batch:
 
     `response_mask` marks the student's response, `loss_mask` the part of it the teacher has a signal
     for; where `loss_mask` is false, `teacher_logprob` is zero and `chunk_of_token` -1, and neither is
-    read. `weight` scales a row; a padding row has weight 0 and empty masks.
+    read. `weight` scales a row; a padding row has weight 0 and empty masks. `same_vocabulary` marks the
+    rows whose teacher reads the student's own tokens.
     """
 
     tokens: Int32[Array, "B T"]
@@ -35,6 +36,7 @@ class Batch:
     teacher_logprob: Float32[Array, "B T"]
     policy_version: Int32[Array, " B"]
     weight: Float32[Array, " B"]
+    same_vocabulary: Bool[Array, " B"]
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.records import Prompt, Rollout, Signal
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, score
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import Teachers
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """The host path of a batch. Without a teacher (`sft`) rows carry no teacher signal."""
+    """The host path of a batch. Without teachers (`sft`) rows carry no teacher signal."""
 
     sampler: Sampler
-    teacher: Teacher | None
+    teachers: Teachers | None
     signal: Signal
     buckets: Sequence[int]
     mesh: Mesh
@@ -38,7 +38,9 @@ class Collector:
     def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
         with self.stopwatch.stage("rollout"):
             rollouts = self.sampler.sample(prompts, version)
-        scored = None if self.teacher is None else score(self.teacher, rollouts, self.signal, self.stopwatch)
+        scored = None
+        if self.teachers is not None:
+            scored = score(self.teachers, rollouts, self.signal, self.stopwatch)
         with self.stopwatch.stage("pack"):
             rows = padded_rows(len(rollouts), self.mesh)
             targets = [None] * len(rollouts) if scored is None else scored.targets

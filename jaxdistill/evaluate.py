@@ -14,7 +14,7 @@ from jaxdistill.metrics import Sample, Stopwatch
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, distillation_metrics, response_kl, score
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import Teachers
 
 ScorerName = Literal["exact", "final_line"]
 
@@ -37,10 +37,12 @@ SCORERS: Mapping[ScorerName, Callable[[str, str], bool]] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means by name (without the `eval/` prefix), and each response for the sample table."""
+    """Means by name (without the `eval/` prefix), each response for the sample table, and what the
+    teachers said of them (None without any)."""
 
     metrics: dict[str, Mean]
     samples: list[Sample]
+    scored: Scored | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Evaluator:
 
     config: EvalConfig
     prompts: Sequence[Prompt]
-    teacher: Teacher | None
+    teachers: Teachers | None
     steps: int
     group: int
 
@@ -64,10 +66,10 @@ class Evaluator:
         marked = [mark for mark in correct if mark is not None]
         metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
         scored = None
-        if self.teacher is not None:
-            scored = score(self.teacher, rollouts, "chunk", Stopwatch())
-            metrics |= distillation_metrics(scored)
-        return Evaluation(metrics, samples_of(rollouts, scored, correct))
+        if self.teachers is not None:
+            scored = score(self.teachers, rollouts, "chunk", Stopwatch())
+            metrics |= distillation_metrics(scored, list(self.teachers.members))
+        return Evaluation(metrics, samples_of(rollouts, scored, correct), scored)
 
     def _mark(self, rollout: Rollout) -> bool | None:
         """Whether the response is right; None for a row without an answer. A cut response is wrong."""

@@ -13,10 +13,11 @@ from jaxdistill.collect import Collected, Collector
 from jaxdistill.data import PromptStream
 from jaxdistill.errors import JaxDistillError, NonFiniteError
 from jaxdistill.evaluate import Evaluator, samples_of
-from jaxdistill.metrics import MetricsLog, SampleLog, Stopwatch
+from jaxdistill.metrics import MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.samplers import Sampler
-from jaxdistill.scoring import distillation_metrics
+from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows
 from jaxdistill.step import Metrics, TrainState
+from jaxdistill.teachers import Teachers
 
 EXAMPLES = 8  # training responses in the sample table of a run without held-out prompts
 
@@ -24,7 +25,7 @@ EXAMPLES = 8  # training responses in the sample table of a run without held-out
 @dataclass(frozen=True)
 class Run:
     """Everything a run is made of; built by `assemble`. `example_every`: how often training responses go
-    into the sample table, None where held-out ones do."""
+    into the sample table, None where held-out ones do. `quarantine`: responses that got no scores."""
 
     dir: Path
     steps: int
@@ -33,11 +34,13 @@ class Run:
     learning_rate: Callable[[int], float]
     prompts: PromptStream
     policy: Sampler
+    teachers: Teachers | None
     collect: Collector
     evaluator: Evaluator
     checkpoints: Checkpoints
     metrics: MetricsLog
     samples: SampleLog
+    quarantine: RowFile
     example_every: int | None
     stopwatch: Stopwatch
 
@@ -52,6 +55,7 @@ def train(run: Run) -> TrainState:
     first = int(state.step)
     run.metrics.resume_at(first)
     run.samples.resume_at(first)
+    run.quarantine.replace_from(first)
     run.policy.push(state.params, version=first)
     for step in range(first, run.steps):
         position = run.prompts.state()
@@ -62,6 +66,7 @@ def train(run: Run) -> TrainState:
             if run.evaluator.due(step):
                 evaluate(run, step)
             collected = run.collect(next(run.prompts), version=step)
+            set_aside(run, step, collected.scored)
         except JaxDistillError:  # the state before the step is sound, whatever the data or teacher did
             run.metrics.flush()
             run.checkpoints.save(step, state, position)
@@ -87,13 +92,23 @@ def evaluate(run: Run, step: int) -> None:
         evaluation = run.evaluator(run.policy, step)
     run.metrics.log(step, {f"eval/{name}": mean.value for name, mean in evaluation.metrics.items()})
     run.samples.log(step, evaluation.samples)
+    set_aside(run, step, evaluation.scored)
+
+
+def set_aside(run: Run, step: int, scored: Scored | None) -> None:
+    """Keep the responses the teachers gave no scores for, with the reason; the objective masks them.
+
+    Raises `TeacherContractError` where they are too many to go on."""
+    if scored is not None and run.teachers is not None:
+        run.quarantine.append([{"step": step, **row} for row in unscored_rows(scored)])
+        run.teachers.check_share(scored.scores)
 
 
 def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str, Mean]) -> dict[str, float]:
     """One row of metrics.jsonl. Raises `NonFiniteError` if the loss or the gradient is not finite."""
     means = dict(metrics)
     if collected.scored is not None:
-        means |= distillation_metrics(collected.scored)
+        means |= distillation_metrics(collected.scored, list(run.teachers.members) if run.teachers else [])
     values = {name: mean.value for name, mean in means.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
@@ -102,12 +117,17 @@ def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str,
                 f"{run.checkpoints.latest()}: lower optimizer.learning_rate or optimizer.clip_norm, or look "
                 "at the data of this step"
             )
+    counts = {} if run.teachers is None else run.teachers.take_counts()
     seconds = run.stopwatch.take()
     spent = sum(value for name, value in seconds.items() if name != "evaluate")
     tokens = sum(len(rollout.response) for rollout in collected.rollouts)
-    return values | {
-        "learning_rate": float(run.learning_rate(step)),
-        "tokens_per_second": tokens / spent,
-        "recompiles": float(run.stopwatch.recompiles),
-        **{f"seconds/{name}": value for name, value in seconds.items()},
-    }
+    return (
+        values
+        | counts
+        | {
+            "learning_rate": float(run.learning_rate(step)),
+            "tokens_per_second": tokens / spent,
+            "recompiles": float(run.stopwatch.recompiles),
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+        }
+    )

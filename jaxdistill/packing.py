@@ -55,6 +55,7 @@ def pack(
         "teacher_logprob": np.zeros(shape, np.float32),
         "policy_version": np.zeros(rows, np.int32),
         "weight": np.zeros(rows, np.float32),
+        "same_vocabulary": np.zeros(rows, bool),
     }
     for row, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
         start = len(rollout.prompt_ids)
@@ -64,8 +65,9 @@ def pack(
         arrays["response_mask"][part] = True if rollout.assistant_mask is None else rollout.assistant_mask
         arrays["behavior_logprobs"][part] = rollout.logprobs
         arrays["policy_version"][row] = rollout.policy_version
-        arrays["weight"][row] = 1.0
+        arrays["weight"][row] = 1.0 if target is None else target.weight
         if target is not None:
+            arrays["same_vocabulary"][row] = target.same_vocabulary
             arrays["loss_mask"][part] = target.mask
             arrays["chunk_of_token"][part] = target.chunk_of_token
             arrays["teacher_logprob"][part] = target.teacher_logprob

@@ -109,13 +109,24 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Unscored:
+    """Why a response has no scores: the row was longer than the teacher reads, the reply for it must not
+    be believed, or a replay does not hold it. `detail` is for people."""
+
+    kind: Literal["too_long", "bad_reply", "not_recorded"]
+    detail: str
+
+
+@dataclass(frozen=True)
 class TeacherScores:
     """The teacher's natural-log probabilities of its own tokens for one response.
 
     `logprobs[j]` is log p(response token j | teacher prompt, tokens before j) at temperature 1.
     The optional fields are present only where they were asked for: `topk_*` are the most likely next
-    tokens at each position, `end_logprobs[j]` is log p(end of turn) before token j (one more entry
-    than tokens: the last is after the response).
+    tokens at each position (descending), `end_logprobs[j]` is log p(end of turn) before token j (one
+    more entry than tokens: the last is after the response). A response with `unscored` set has no
+    tokens here, so that none of the student's aligns; `response` may also be only the beginning of
+    what the student wrote, where the rest did not fit.
     """
 
     response: TokenSpans
@@ -125,6 +136,7 @@ class TeacherScores:
     topk_ids: Int32[np.ndarray, "S K"] | None = None
     topk_logprobs: Float32[np.ndarray, "S K"] | None = None
     end_logprobs: Float32[np.ndarray, " S1"] | None = None
+    unscored: Unscored | None = None
 
 
 @dataclass(frozen=True)
@@ -151,10 +163,13 @@ class Targets:
 
     `teacher_logprob[r]` is the total log-probability of the chunk student token r lies in, repeated
     on all its tokens, and 0 where `mask` is false: there the teacher said nothing, and nothing may
-    read the value. `stats` are plain counts for the metrics, by name.
+    read the value. `stats` are plain counts for the metrics, by name. `weight` is the row's weight in
+    the objective; `same_vocabulary` says that the ids of both sides are of one vocabulary.
     """
 
     chunk_of_token: Int32[np.ndarray, " R"]
     teacher_logprob: Float32[np.ndarray, " R"]
     mask: Bool[np.ndarray, " R"]
     stats: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+    same_vocabulary: bool = False

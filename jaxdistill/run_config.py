@@ -14,7 +14,9 @@ from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
 from jaxdistill.samplers import RolloutConfig
-from jaxdistill.teachers import TeacherConfig
+from jaxdistill.teachers import ServedSettings, TeacherConfig
+
+_METRIC_GROUPS = frozenset({"eval", "seconds"})
 
 
 class RunSection(StrictConfig):
@@ -41,6 +43,7 @@ class RunConfig(StrictConfig):
     data: DataConfig
     student: StudentConfig
     teacher: TeacherConfig | None = None
+    teachers: tuple[TeacherConfig, ...] = ()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ReverseKLConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -56,12 +59,31 @@ class RunConfig(StrictConfig):
                 f"shapes.buckets={list(self.buckets)} cannot hold a prompt of rollout.max_prompt_tokens="
                 f"{self.rollout.max_prompt_tokens} with rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
-        if self.objective.needs_teacher and self.teacher is None:
+        if self.teacher is not None and self.teachers:
+            raise ValueError(
+                "teacher: is for one teacher and teachers: for a list of them; give one of the two"
+            )
+        names = [teacher.name for teacher in self.all_teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"teachers are told apart by name in the metrics, got {names}; give each its own name"
+            )
+        folders = [one.record for one in self.all_teachers if isinstance(one, ServedSettings) and one.record]
+        if len(set(folders)) < len(folders):
+            raise ValueError("two teachers record into one folder; a folder holds the scores of one teacher")
+        if taken := sorted(set(names) & _METRIC_GROUPS):
+            raise ValueError(f"a teacher cannot be called {taken[0]!r}: metrics have a group of that name")
+        if self.objective.needs_teacher and not self.all_teachers:
             raise ValueError(
                 f"objective.kind={self.objective.kind} needs a teacher: section (objective.kind=sft does not)"
             )
         self.objective.check_temperature(self.rollout.temperature)
         return self
+
+    @property
+    def all_teachers(self) -> tuple[TeacherConfig, ...]:
+        """The one teacher, or the list of them; empty without any."""
+        return self.teachers if self.teacher is None else (self.teacher,)
 
     @property
     def buckets(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +17,10 @@ logger = logging.getLogger(__name__)
 
 # Settings that may change between two parts of a run, because no number of it depends on them: where
 # things are, how patiently a teacher is asked, how often something is written.
-_FREE = (
-    "run.dir",
-    "run.tensorboard",
-    "checkpoint.",
-    "teacher.endpoint",
-    "teacher.api_key_env",
-    "teacher.attempts",
-    "teacher.backoff",
-    "teacher.max_concurrency",
-    "teacher.request_timeout_s",
-    "teacher.start_timeout_s",
+_FREE = re.compile(
+    r"(run\.dir|run\.tensorboard|checkpoint\..*"
+    r"|(teacher|teachers\.\d+)\.(endpoint|api_key_env|record|canary_tolerance|attempts|backoff_(max_)?s|breaker_.*|hedge_share"
+    r"|max_concurrency|max_unscored|request_timeout_s|batch_budget_s|start_timeout_s)(\..*)?)"
 )
 
 
@@ -67,15 +61,24 @@ def _take(lock: Any, folder: Path) -> None:
         ) from error
 
 
-def _check(folder: Path, resolved: str, steps: int) -> None:
+def has_begun(folder: Path) -> bool:
+    """Whether a run has done anything in `folder` that another part of it would go on from."""
     metrics = folder / "metrics.jsonl"
-    saved = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
-    if not saved and not (metrics.is_file() and metrics.stat().st_size):
-        return  # it never began, so whatever config stands there binds nobody
+    return bool(_saved(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _saved(folder: Path) -> list[int]:
+    return [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+
+
+def _check(folder: Path, resolved: str, steps: int) -> None:
+    if not has_begun(folder):
+        return  # whatever config stands there binds nobody
+    saved = _saved(folder)
     old = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
     new = _flat(yaml.safe_load(resolved))
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    bound = [k for k in changed if k != "run.steps" and not k.startswith(_FREE)]
+    bound = [k for k in changed if k != "run.steps" and not _FREE.fullmatch(k)]
     if bound:
         said = "; ".join(f"{k}: {old.get(k, 'not set')} there, {new.get(k, 'not set')} now" for k in bound)
         raise ConfigError(
@@ -96,7 +99,9 @@ def _check(folder: Path, resolved: str, steps: int) -> None:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """{a: {b: 1}} -> {"a.b": 1}."""
+    """{a: {b: 1}, c: [{d: 2}]} -> {"a.b": 1, "c.0.d": 2}."""
+    if isinstance(node, list) and any(isinstance(inner, Mapping) for inner in node):
+        node = dict(enumerate(node))
     if not isinstance(node, Mapping):
         return {prefix: node}
     return {

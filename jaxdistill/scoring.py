@@ -4,7 +4,8 @@ Letters: R student response tokens, S teacher response tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from jaxdistill.align import align, project
 from jaxdistill.batch import Mean
 from jaxdistill.metrics import Stopwatch
 from jaxdistill.records import Alignment, Rollout, Signal, Targets, TeacherScores
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import Teachers
 
 
 @dataclass(frozen=True)
@@ -24,43 +25,101 @@ class Scored:
     alignments: Sequence[Alignment]
     targets: Sequence[Targets]
 
+    def of(self, teacher: str) -> "Scored":
+        """The part that one teacher scored."""
+        rows = [row for row, s in enumerate(self.scores) if s.teacher == teacher]
+        return Scored(
+            [self.rollouts[row] for row in rows],
+            [self.scores[row] for row in rows],
+            [self.alignments[row] for row in rows],
+            [self.targets[row] for row in rows],
+        )
 
-def score(teacher: Teacher, rollouts: Sequence[Rollout], signal: Signal, stopwatch: Stopwatch) -> Scored:
-    """Ask the teacher, and carry its scores to the student's tokens."""
+
+def score(teachers: Teachers, rollouts: Sequence[Rollout], signal: Signal, stopwatch: Stopwatch) -> Scored:
+    """Ask the teachers, and carry their scores to the student's tokens."""
     with stopwatch.stage("teacher"):
-        scores = teacher.score(rollouts)
+        scores = teachers.score(rollouts)
     with stopwatch.stage("align"):
         alignments = [align(r.response, s.response) for r, s in zip(rollouts, scores, strict=True)]
-        targets = [project(s, a, signal=signal) for s, a in zip(scores, alignments, strict=True)]
+        targets = [
+            replace(
+                project(s, a, signal=signal),
+                weight=teachers.weights[s.teacher],
+                same_vocabulary=teachers.same_vocabulary(r, s),
+            )
+            for r, s, a in zip(rollouts, scores, alignments, strict=True)
+        ]
     return Scored(rollouts, scores, alignments, targets)
 
 
-def distillation_metrics(scored: Scored) -> dict[str, Mean]:
+def distillation_metrics(scored: Scored, teachers: Sequence[str] = ()) -> dict[str, Mean]:
+    """The headline figures of all rows; with the names of several teachers, also of each one's rows, as
+    `<teacher>/<figure>`."""
+    metrics = _figures(scored)
+    asked = {s.teacher for s in scored.scores}
+    for name in [name for name in teachers if name in asked] if len(teachers) > 1 else []:
+        metrics |= {f"{name}/{figure}": mean for figure, mean in _figures(scored.of(name)).items()}
+    return metrics
+
+
+def unscored_rows(scored: Scored) -> list[dict[str, Any]]:
+    """What quarantine.jsonl keeps of each response that got no scores: whose it is, and why."""
+    return [
+        {
+            "teacher": s.teacher,
+            "kind": s.unscored.kind,
+            "detail": s.unscored.detail,
+            "source": r.prompt.source,
+            "index": r.prompt.index,
+            # A row that is merely long comes again every epoch; what it holds is in the data.
+            **({} if s.unscored.kind == "too_long" else _content(r)),
+        }
+        for r, s in zip(scored.rollouts, scored.scores, strict=True)
+        if s.unscored is not None
+    ]
+
+
+def _content(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "messages": rollout.prompt.messages,
+        "response": rollout.response.text,
+        "response_ids": rollout.response.ids,
+    }
+
+
+def _figures(scored: Scored) -> dict[str, Mean]:
     """The headline figures over a set of rollouts, whatever signal the objective uses.
 
     - `reverse_kl_per_byte`: sampled KL(p_S || p_T) in nats, over all aligned tokens, per aligned byte.
-    - `coverage`: aligned bytes over the student's bytes.
-    - `exact_fraction`: student tokens in one-to-one chunks over student tokens.
+    - `coverage`: aligned bytes over the student's bytes, in responses that have scores.
+    - `exact_fraction`: student tokens in one-to-one chunks over student tokens, in the same responses.
     - `finished_fraction`: responses that ended by themselves.
     - `response_tokens`: mean length in student tokens.
+    - `unscored_fraction`: responses the teacher has no scores for (they are in quarantine.jsonl).
     """
-    kl = aligned_bytes = total_bytes = exact = tokens = finished = 0.0
+    kl = aligned_bytes = total_bytes = exact = scored_tokens = 0.0
     for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
+        if s.unscored is not None:
+            continue  # no word on how the tokenizers fit
         kl += response_kl(rollout, s, a)
         size = len(rollout.response.data)
         aligned_bytes += a.coverage * size
         total_bytes += size
         chunks = a.student_chunk[a.student_chunk >= 0]
         exact += float(a.exact[chunks].sum())
-        tokens += len(rollout.response)
-        finished += rollout.finished
+        scored_tokens += len(rollout.response)
     rows = float(len(scored.rollouts))
+    tokens = float(sum(len(r.response) for r in scored.rollouts))
+    finished = float(sum(r.finished for r in scored.rollouts))
+    unscored = float(sum(s.unscored is not None for s in scored.scores))
     return {
         "reverse_kl_per_byte": Mean(kl, aligned_bytes),
         "coverage": Mean(aligned_bytes, total_bytes),
-        "exact_fraction": Mean(exact, tokens),
+        "exact_fraction": Mean(exact, scored_tokens),
         "finished_fraction": Mean(finished, rows),
         "response_tokens": Mean(tokens, rows),
+        "unscored_fraction": Mean(unscored, rows),
     }
 
 

@@ -20,6 +20,7 @@ from jaxdistill.cli import exit_code_of
 from jaxdistill.errors import ConfigError
 
 PARENT_POLL_S = 1.0
+GRACE_S = 3.0  # after a signal, for the request that runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     parser.add_argument(
         "--max-batch-tokens", type=positive_number, default=8192, help="padded tokens of one device batch"
+    )
+    parser.add_argument(
+        "--max-queued-requests",
+        type=positive_number,
+        default=64,
+        help="requests that may wait; more are answered 503 with Retry-After",
     )
     parser.add_argument(
         "--context-length",
@@ -149,16 +156,18 @@ def _make_app(
         context_length=options.context_length,
         roles=roles,
     )
-    return make_app(engine, served, api_key=api_key)
+    return make_app(engine, served, api_key=api_key, max_queued_requests=options.max_queued_requests)
 
 
 async def _serve(app: Any, listener: socket.socket) -> None:
     from aiohttp import web  # as in _make_app
 
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    from jaxdistill.serving.app import QUEUE, make_runner
+
+    runner = make_runner(app, grace_s=GRACE_S)
     await runner.setup()
     try:
-        site = web.SockSite(runner, listener, shutdown_timeout=1.0)
+        site = web.SockSite(runner, listener)
         try:
             await site.start()
         except OSError as error:  # another process began to listen while the model was loading
@@ -169,6 +178,9 @@ async def _serve(app: Any, listener: socket.socket) -> None:
         await _terminated()
     finally:
         await runner.cleanup()
+    if app[QUEUE].busy:
+        # A batch on the device cannot be interrupted, and the interpreter's own end would wait for it.
+        os._exit(0)
 
 
 async def _terminated() -> None:

@@ -2,18 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdistill.align.compare import compare, lost_bytes, table
 from jaxdistill.align.page import render_page
+from jaxdistill.align.side import Side
 from jaxdistill.align.texts import RunTexts, Texts, built_in, from_file, from_run
 from jaxdistill.align.view import printable
 from jaxdistill.cli import exit_code_of
 from jaxdistill.errors import ConfigError
-from jaxdistill.text import Tokenizer
-from jaxdistill.text.files import read_files
 
 NOTE = (
     "Shares are of student tokens, coverage of bytes; token counts are student : teacher.\n"
@@ -23,33 +21,6 @@ RUN_NOTE = (
     "The run keeps its samples as text: they are encoded anew here by the student's tokenizer, which need\n"
     "not be how the student sampled them."
 )
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One side of the pair, with the token strings of its roles for people."""
-
-    path: str
-    tokenizer: Tokenizer
-    roles: Mapping[str, str]
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).expanduser().resolve().name if Path(self.path).exists() else self.path
-
-    def lines(self, label: str) -> list[str]:
-        roles = ", ".join(f"{role} {text}" for role, text in self.roles.items()) or "none known"
-        first = f"{label}  {self.path} ({self.tokenizer.family}, {self.tokenizer.vocab_size:,} ids)"
-        lacks = self.tokenizer.missing_bytes.hex(" ")
-        return [first, f"  roles  {roles}", *([f"  cannot write the bytes  {lacks}"] if lacks else [])]
-
-
-def _load(path: str, overrides: Mapping[str, str]) -> _Side:
-    files = read_files(path)
-    tokenizer = Tokenizer(files, overrides or None)
-    strings = {entry["id"]: entry["content"] for entry in files.document.get("added_tokens") or []}
-    shown = {role: strings.get(index, f"id {index}") for role, index in tokenizer.roles.items()}
-    return _Side(path, tokenizer, shown)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,8 +76,8 @@ def _write(path: Path, page: str) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     chosen = _chosen(arguments)
     assert chosen.student is not None and chosen.teacher is not None  # _chosen has refused the rest
-    student = _load(chosen.student, chosen.student_roles)
-    teacher = _load(chosen.teacher, chosen.teacher_roles)
+    student = Side.load(chosen.student, chosen.student_roles)
+    teacher = Side.load(chosen.teacher, chosen.teacher_roles)
     rows = compare(student.tokenizer, teacher.tokenizer, chosen.texts)
     notes = [*lost_bytes(rows), *([RUN_NOTE] if arguments.run else [])]
     lines = [*student.lines("student"), *teacher.lines("teacher")]

@@ -59,11 +59,8 @@ class Objective(Protocol):
     """An objective that is a sum over tokens with weights known beforehand.
 
     `prepare` sees the whole batch; `tile` sees float32 logits [B, C, V] of some positions with their
-    slice of the targets and returns the sum to minimise and the sums of metrics by name; `describe`
-    says what is in force, for the manifest.
+    slice of the targets and returns the sum to minimise and the sums of metrics by name.
     """
-
-    def describe(self) -> dict[str, str]: ...
 
     def prepare(self, batch: Batch) -> Prepared: ...
 

@@ -9,7 +9,9 @@ of minus the reverse KL. The rules below spread d over student tokens:
 - `proportional`: d in proportion to each token's own log-probability (arXiv 2606.09456).
 - `lookahead`: as broadcast, and the token AFTER the chunk gets d too. The teacher's cut depends on
   what comes next ("10" is one token only if no further digit follows), so part of d is the work of
-  the token that closed the chunk; charging only the chunk punishes tokens that were right.
+  the token that closed the chunk; charging only the chunk punishes tokens that were right. In rows
+  whose teacher has the student's own vocabulary every chunk is one token and its border is nobody's
+  work: there it is `broadcast`, the textbook rule.
 
 Letters: B rows, T positions.
 """
@@ -30,6 +32,7 @@ def token_advantages(
     teacher_logprob: Float32[Array, "B T"],
     student_logprobs: Float32[Array, "B T"],
     mask: Bool[Array, "B T"],
+    same_vocabulary: Bool[Array, " B"],
     clip: float,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """The advantage of each token in nats, and which tokens have one.
@@ -60,5 +63,5 @@ def token_advantages(
         return jnp.where(mask, difference * share, 0.0), mask
     previous = jnp.pad(difference, ((0, 0), (1, 0)))[:, :-1]
     previous_segment = jnp.pad(segment, ((0, 0), (1, 0)), constant_values=width)[:, :-1]
-    closes = (previous_segment != width) & (previous_segment != segment)
+    closes = (previous_segment != width) & (previous_segment != segment) & ~same_vocabulary[:, None]
     return difference + jnp.where(closes, previous, 0.0), mask | closes

@@ -54,33 +54,19 @@ class ReverseKLConfig(ObjectiveSettings):
 
 @dataclass(frozen=True)
 class ReverseKL:
-    """The objective; see the module's text.
-
-    With `same_vocabulary` every chunk is one token and its border is nobody's work, so `lookahead` has
-    nothing to correct: the credit in force is the textbook `broadcast`.
-    """
+    """The objective; see the module's text."""
 
     config: ReverseKLConfig
-    same_vocabulary: bool = False
-
-    @property
-    def credit(self) -> Credit:
-        """The rule in force."""
-        if self.same_vocabulary and self.config.credit == "lookahead":
-            return "broadcast"
-        return self.config.credit
-
-    def describe(self) -> dict[str, str]:
-        return {"kind": self.config.kind, "signal": self.config.signal, "credit": self.credit}
 
     def prepare(self, batch: Batch) -> Prepared:
         c = self.config
         advantage, mask = token_advantages(
-            self.credit,
+            c.credit,
             chunk_of_token=batch.chunk_of_token,
             teacher_logprob=batch.teacher_logprob,
             student_logprobs=batch.behavior_logprobs,
             mask=batch.loss_mask,
+            same_vocabulary=batch.same_vocabulary,
             clip=c.clip,
         )
         mask = mask & batch.response_mask & (batch.weight > 0)[:, None]

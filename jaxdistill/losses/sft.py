@@ -29,10 +29,6 @@ class SFT:
     """Mean negative log-likelihood per response token, in nats."""
 
     config: SFTConfig
-    same_vocabulary: bool = False
-
-    def describe(self) -> dict[str, str]:
-        return {"kind": self.config.kind}
 
     def prepare(self, batch: Batch) -> Prepared:
         row_weight = jnp.broadcast_to(batch.weight[:, None], batch.tokens.shape)

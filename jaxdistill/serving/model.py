@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer as RawTokenizer
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.serving.app import Served
@@ -37,7 +39,18 @@ def load_engine(
         max_batch_tokens=max_batch_tokens,
         context_length=context_length,
     )
-    return engine, Served(path=str(folder), config=config, text=text)
+
+    @cache
+    def token_texts() -> list[str]:
+        # As the genuine server decodes a token alone: special tokens by their names, and a part of a
+        # character as U+FFFD.
+        raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = range(decoder.config.vocab_size)
+        return raw.decode_batch([[i] for i in ids], skip_special_tokens=False)
+
+    return engine, Served(
+        path=str(folder), config=config, text=text, token_texts=token_texts if tokenizer else None
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

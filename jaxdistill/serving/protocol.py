@@ -4,7 +4,7 @@ a refusal looks on the wire. Pure numpy; the HTTP side and the device side meet 
 Letters: N prompt tokens, M new tokens, Q reported positions, K top-k, C chosen ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jaxdistill.errors import DataError
+
+RETRY_AFTER_S = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,17 @@ class Row:
     def first(self) -> int:
         """The first position whose distribution is reported: the token after `start`."""
         return min(self.start + 1, len(self.ids))
+
+
+@dataclass(frozen=True)
+class ReplyForm:
+    """How a request wants its reply written. `batched`: a list with one reply a row; `text`: every triple
+    with its token's text; `flat`: the top-k of the prompt as flat arrays, with `base64` as bytes."""
+
+    batched: bool
+    text: bool
+    flat: bool
+    base64: bool
 
 
 @dataclass(frozen=True)
@@ -90,10 +103,18 @@ class Engine(Protocol):
 class RefusedRequest(DataError):
     """A request the server will not execute; `status` and `body` are the HTTP answer."""
 
-    def __init__(self, message: str, *, status: int = 400, body: Any = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.body = {"error": {"message": message}} if body is None else body
+        self.headers = headers or {}
 
 
 def refused_value(message: str) -> RefusedRequest:
@@ -118,3 +139,9 @@ def refused_key(key: str, expected: Sequence[str]) -> RefusedRequest:
     names = ", ".join(f"`{name}`" for name in expected)
     message = f"unknown field `{key}`, expected one of {names}"
     return RefusedRequest(message, body={"error": message})
+
+
+def refused_for_now(message: str) -> RefusedRequest:
+    """A request that may well be executed later: 503, with the time after which to try again."""
+    body = {"object": "error", "message": message, "type": "503", "param": None, "code": 503}
+    return RefusedRequest(message, status=503, body=body, headers={"Retry-After": str(RETRY_AFTER_S)})

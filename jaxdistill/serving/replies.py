@@ -3,35 +3,49 @@
 Letters: N prompt tokens, M new tokens, Q reported positions, K top-k, C chosen ids.
 """
 
+import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
-from jaxdistill.serving.protocol import Row, RowResult, Statistics
+from jaxdistill.serving.protocol import Limits, ReplyForm, Row, RowResult, Statistics
 
-Triple = list[Any]  # [logprob, token id, text]; the text is never filled in here
+Triple = list[Any]  # [logprob, token id, text or None]
 Distribution = list[Triple] | None  # None where a position has nothing before it
 
 
 def generate_reply(
-    row: Row, result: RowResult, *, text: Callable[[np.ndarray], str], seconds: float, weight_version: str
+    row: Row,
+    result: RowResult,
+    form: ReplyForm,
+    *,
+    text: Callable[[np.ndarray], str],
+    token_texts: Sequence[str] | None,
+    seconds: float,
+    weight_version: str,
 ) -> dict[str, Any]:
-    """The reply for one row: text, ids and `meta_info`. `seconds` is the time since its arrival."""
+    """The reply for one row: text, ids and `meta_info`.
+
+    `token_texts` is the text of each id of the vocabulary, where the triples are to have it, and
+    `seconds` the time since the request's arrival.
+    """
     output = result.output_ids
     count = len(output)
     if result.stopped:
         finish: dict[str, Any] = {"type": "stop", "matched": int(output[-1])}
     else:
         finish = {"type": "length", "length": count}
+    statistics = result.statistics
     meta = {
         "id": row.rid,
         "finish_reason": finish,
         "prompt_tokens": len(row.ids),
         "weight_version": weight_version,
         "num_retractions": 0,
-        **({} if result.statistics is None else _logprob_fields(row, output, result.statistics)),
+        **({} if statistics is None else _logprob_fields(row, output, statistics, form, token_texts)),
         "reasoning_tokens": 0,
         "completion_tokens": count,
         "cached_tokens": 0,
@@ -44,7 +58,9 @@ def generate_reply(
     return {"text": text(output), "output_ids": output.tolist(), "meta_info": meta}
 
 
-def _logprob_fields(row: Row, output: np.ndarray, statistics: Statistics) -> dict[str, Any]:
+def _logprob_fields(
+    row: Row, output: np.ndarray, statistics: Statistics, form: ReplyForm, texts: Sequence[str] | None
+) -> dict[str, Any]:
     """The log-probability lists; those that were not asked for are left out, key and all.
 
     A list over prompt positions begins with the entry of `row.start`, whose value is always null:
@@ -53,32 +69,72 @@ def _logprob_fields(row: Row, output: np.ndarray, statistics: Statistics) -> dic
     inputs = len(row.ids) - row.first  # positions of the prompt among the reported ones
     values = statistics.logprob.tolist()
     ids = row.ids[row.start :].tolist()
-    scored: list[Triple] = [[None, ids[0], None]] if ids else []
-    scored += [[value, token, None] for value, token in zip(values[:inputs], ids[1:], strict=True)]
-    drawn = zip(values[inputs : inputs + len(output)], output.tolist(), strict=True)
     fields: dict[str, Any] = {
-        "input_token_logprobs": scored,
-        "output_token_logprobs": [[value, token, None] for value, token in drawn],
+        "input_token_logprobs": _triples([None, *values[:inputs]] if ids else [], ids, texts),
+        "output_token_logprobs": _triples(values[inputs : inputs + len(output)], output.tolist(), texts),
         "output_token_logprobs_length": len(output),
     }
     head: list[Distribution] = [None] if ids else []
     if row.top_k:
-        top = _triples(statistics.topk_logprobs, statistics.topk_ids)
-        fields["input_top_logprobs"] = head + top[:inputs]
-        fields["output_top_logprobs"] = top[inputs:]
+        logprobs, top = statistics.topk_logprobs, statistics.topk_ids
+        if form.flat:
+            fields |= _flat_top(logprobs[:inputs], top[:inputs], len(head), base64_form=form.base64)
+        else:
+            fields["input_top_logprobs"] = head + _distributions(logprobs[:inputs], top[:inputs], texts)
+        fields["output_top_logprobs"] = _distributions(logprobs[inputs:], top[inputs:], texts)
     if row.chosen:
         asked = np.broadcast_to(np.asarray(row.chosen, np.int32), statistics.chosen_logprobs.shape)
-        chosen = _triples(statistics.chosen_logprobs, asked)
+        chosen = _distributions(statistics.chosen_logprobs, asked, texts)
         fields["input_token_ids_logprobs"] = head + chosen[:inputs]
         fields["output_token_ids_logprobs"] = chosen[inputs:]
     return fields
 
 
-def _triples(logprobs: np.ndarray, ids: np.ndarray) -> list[Distribution]:
+def _triples(
+    logprobs: Sequence[float | None], ids: Sequence[int], texts: Sequence[str] | None
+) -> list[Triple]:
+    if texts is None:
+        return [[value, token, None] for value, token in zip(logprobs, ids, strict=True)]
+    return [[value, token, texts[token]] for value, token in zip(logprobs, ids, strict=True)]
+
+
+def _distributions(
+    logprobs: Float32[np.ndarray, "Q K"], ids: Int32[np.ndarray, "Q K"], texts: Sequence[str] | None
+) -> list[Distribution]:
     return [
-        [[value, token, None] for value, token in zip(values, tokens, strict=True)]
+        _triples(values, tokens, texts)
         for values, tokens in zip(logprobs.tolist(), ids.tolist(), strict=True)
     ]
+
+
+def _flat_top(
+    logprobs: Float32[np.ndarray, "Q K"],
+    ids: Int32[np.ndarray, "Q K"],
+    null_prefix: int,
+    *,
+    base64_form: bool,
+) -> dict[str, Any]:
+    """The top-k of the prompt row after row, without the nulls before them and without texts."""
+
+    def packed(numbers: np.ndarray, kind: str) -> str:
+        return base64.b64encode(numbers.astype(np.dtype(kind).newbyteorder("<")).tobytes()).decode()
+
+    if base64_form:
+        fields: dict[str, Any] = {
+            "input_top_logprobs_val_flat_b64": packed(logprobs, "float32"),
+            "input_top_logprobs_idx_flat_b64": packed(ids, "int32"),
+            "input_top_logprobs_val_flat_b64_dtype": "float32",
+            "input_top_logprobs_idx_flat_b64_dtype": "int32",
+        }
+    else:
+        fields = {
+            "input_top_logprobs_val_flat": logprobs.ravel().tolist(),
+            "input_top_logprobs_idx_flat": ids.ravel().tolist(),
+        }
+    return fields | {
+        "input_top_logprobs_shape": list(ids.shape),
+        "input_top_logprobs_null_prefix": null_prefix,
+    }
 
 
 def model_info(path: str, config: Mapping[str, Any], weight_version: str) -> dict[str, Any]:
@@ -109,3 +165,20 @@ def models(path: str, created: int, context_length: int) -> dict[str, Any]:
         "max_model_len": context_length,
     }
     return {"object": "list", "data": [entry]}
+
+
+def server_info(path: str, limits: Limits, max_queued_requests: int, weight_version: str) -> dict[str, Any]:
+    """`GET /server_info`: the part of the genuine server's settings that this one has, by its names.
+
+    An input of `max_req_input_len` tokens or more is refused.
+    """
+    return {
+        "model_path": path,
+        "tokenizer_path": path,
+        "served_model_name": path,
+        "weight_version": weight_version,
+        "context_length": limits.context_length,
+        "max_queued_requests": max_queued_requests,
+        "max_req_input_len": limits.context_length,
+        "status": "ready",
+    }

@@ -16,6 +16,7 @@ import numpy as np
 from jaxdistill.serving.protocol import (
     Limits,
     RefusedRequest,
+    ReplyForm,
     Row,
     refused_key,
     refused_type,
@@ -24,6 +25,11 @@ from jaxdistill.serving.protocol import (
 
 DEFAULT_MAX_NEW_TOKENS = 128  # the genuine server's default
 MAX_SEED = 2**32
+# What one request may ask for. A few bytes can ask for the whole vocabulary at every position of thousands
+# of rows: without these the reply, and not the body, would take the memory.
+MOST_ROWS = 2**14
+MOST_NUMBERS = 2**23  # tokens read and written, and top and chosen log-probabilities reported
+MOST_STOP_IDS = 64  # each set of them is a program of its own
 
 # Request fields that change what a reply means and are not implemented: ignoring them, as unknown
 # fields are ignored, would answer another question than the one asked.
@@ -33,9 +39,6 @@ UNSUPPORTED_FIELDS = (
     "video_data",
     "audio_data",
     "stream",
-    "return_text_in_logprobs",
-    "return_flat_raw_top_logprobs",
-    "return_flat_raw_top_logprobs_b64",
     "return_hidden_states",
     "lora_path",
     "session_params",
@@ -66,8 +69,8 @@ NEUTRAL_SAMPLING: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def parse_generate(body: Any, limits: Limits, default_stop: frozenset[int]) -> tuple[list[Row], bool]:
-    """Validate a `/generate` body; return its rows and whether the reply is a list.
+def parse_generate(body: Any, limits: Limits, default_stop: frozenset[int]) -> tuple[list[Row], ReplyForm]:
+    """Validate a `/generate` body; return its rows and how the reply is to be written.
 
     `default_stop` are the tokens generation stops at unless `ignore_eos` is set. Raises
     `RefusedRequest` naming the field, the row and the value.
@@ -78,59 +81,81 @@ def parse_generate(body: Any, limits: Limits, default_stop: frozenset[int]) -> t
         if body.get(field):
             raise refused_value(f"{field} is not supported by this server; leave it out")
     prompts, batched = _prompts(body, limits)
-    count = len(prompts)
 
-    def rows(field: str, default: Any) -> list[Any]:
-        return _per_row(field, body.get(field), default, count, batched)
+    def column[T](field: str, default: Any, check: Callable[[Any, int], T]) -> list[T]:
+        return _checked(_per_row(field, body.get(field), default, len(prompts), batched), check)
 
     columns = zip(
         prompts,
-        rows("sampling_params", {}),
-        rows("return_logprob", False),
-        rows("logprob_start_len", -1),
-        rows("top_logprobs_num", 0),
-        _chosen_rows(body.get("token_ids_logprob"), count, batched),
-        rows("rid", None),
+        column("sampling_params", {}, lambda value, row: _sampling(value, row, limits, default_stop)),
+        column("return_logprob", False, lambda value, row: _flag("return_logprob", value, row)),
+        column("logprob_start_len", -1, lambda value, _: _integer("logprob_start_len", value)),
+        column("top_logprobs_num", 0, lambda value, _: _top_k(value, limits)),
+        _checked(
+            _chosen_rows(body.get("token_ids_logprob"), len(prompts), batched),
+            lambda value, row: _chosen(value, row, limits),
+        ),
+        column("rid", None, _rid),
         strict=True,
     )
-    return [_row(index, limits, default_stop, *column) for index, column in enumerate(columns)], batched
+    rows = [_row(index, limits, *settings) for index, settings in enumerate(columns)]
+    _check_size(rows)
+    return rows, _reply_form(body, batched)
 
 
 def _row(
     index: int,
     limits: Limits,
-    default_stop: frozenset[int],
     ids: list[int],
-    params: Any,
-    logprobs: Any,
-    start: Any,
-    top_k: Any,
-    chosen: Any,
-    rid: Any,
+    sampling: dict[str, Any],
+    logprobs: bool,
+    start: int,
+    top_k: int,
+    chosen: tuple[int, ...],
+    rid: str | None,
 ) -> Row:
     """Check one row's settings against each other and the limits."""
-    if not isinstance(params, dict):
-        raise refused_type("sampling_params", f"must be an object; got {_kind(params)} for row {index}")
-    sampling = _sampling(params, limits, default_stop)
-    if not isinstance(logprobs, bool):
-        raise refused_type("return_logprob", f"must be a bool; got {_kind(logprobs)} for row {index}")
-    if not isinstance(rid, str | None):
-        raise refused_type("rid", f"must be a string; got {_kind(rid)} for row {index}")
-    top_k = _integer("top_logprobs_num", top_k)
-    if not 0 <= top_k <= limits.vocab_size:
-        raise refused_value(
-            f"top_logprobs_num must be between 0 and the vocabulary size {limits.vocab_size}, got {top_k}."
-        )
     _check_length(index, len(ids), sampling["max_new_tokens"], limits)
     return Row(
         rid=uuid4().hex if rid is None else rid,
         ids=np.asarray(ids, dtype=np.int32),
         logprobs=logprobs,
-        start=_start(_integer("logprob_start_len", start), len(ids)),
+        start=_start(start, len(ids)),
         top_k=top_k,
-        chosen=_chosen(chosen, index, limits),
+        chosen=chosen,
         **sampling,
     )
+
+
+def _check_size(rows: Sequence[Row]) -> None:
+    def numbers(row: Row) -> int:
+        reported = len(row.ids) - row.first + max(row.max_new_tokens, 1) if row.logprobs else 0
+        return len(row.ids) + row.max_new_tokens + reported * (row.top_k + len(row.chosen))
+
+    asked = sum(map(numbers, rows))
+    if asked > MOST_NUMBERS:
+        raise refused_value(
+            f"The request is too large: its tokens and the log-probabilities asked for are {asked} numbers, "
+            f"and one request may have {MOST_NUMBERS}. Send fewer rows at once, or ask for a smaller top-k."
+        )
+
+
+def _reply_form(body: Mapping[str, Any], batched: bool) -> ReplyForm:
+    def flag(field: str) -> bool:
+        value = body.get(field)
+        return _flag(field, False if value is None else value)
+
+    form = ReplyForm(
+        batched=batched,
+        text=flag("return_text_in_logprobs"),
+        flat=flag("return_flat_raw_top_logprobs"),
+        base64=flag("return_flat_raw_top_logprobs_b64"),
+    )
+    if form.base64 and not form.flat:
+        raise refused_value(
+            "return_flat_raw_top_logprobs_b64 says how return_flat_raw_top_logprobs is written: set that too"
+        )
+    return form
 
 
 def _prompts(body: Mapping[str, Any], limits: Limits) -> tuple[list[list[int]], bool]:
@@ -146,6 +171,8 @@ def _prompts(body: Mapping[str, Any], limits: Limits) -> tuple[list[list[int]], 
         raise refused_value("input_ids cannot be empty.")
     batched = isinstance(value[0], list)
     prompts = value if batched else [value]
+    if len(prompts) > MOST_ROWS:
+        raise refused_value(f"input_ids has {len(prompts)} rows, and one request may have {MOST_ROWS}.")
     for row, ids in enumerate(prompts):
         if not isinstance(ids, list):
             raise refused_type("input_ids", f"row {row} must be a list; got {_kind(ids)}")
@@ -205,6 +232,15 @@ def _per_row(field: str, value: Any, default: Any, count: int, batched: bool) ->
     return [default if entry is None else entry for entry in values]
 
 
+def _checked[T](values: Sequence[Any], check: Callable[[Any, int], T]) -> list[T]:
+    """`check(value, row)` of every row's value; one that stands for all rows is checked once."""
+    results: dict[int, T] = {}
+    for row, value in enumerate(values):
+        if id(value) not in results:
+            results[id(value)] = check(value, row)
+    return [results[id(value)] for value in values]
+
+
 def _chosen_rows(value: Any, count: int, batched: bool) -> list[Any]:
     """`token_ids_logprob`: a flat list is for every row, in a batch a list of lists is per row."""
     if isinstance(value, list) and any(isinstance(entry, list) for entry in value):
@@ -222,8 +258,25 @@ def _chosen(value: Any, row: int, limits: Limits) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _sampling(params: Mapping[str, Any], limits: Limits, default_stop: frozenset[int]) -> dict[str, Any]:
+def _top_k(value: Any, limits: Limits) -> int:
+    top_k = _integer("top_logprobs_num", value)
+    if not 0 <= top_k <= limits.vocab_size:
+        raise refused_value(
+            f"top_logprobs_num must be between 0 and the vocabulary size {limits.vocab_size}, got {top_k}."
+        )
+    return top_k
+
+
+def _rid(value: Any, row: int) -> str | None:
+    if not isinstance(value, str | None):
+        raise refused_type("rid", f"must be a string; got {_kind(value)} for row {row}")
+    return value
+
+
+def _sampling(params: Any, row: int, limits: Limits, default_stop: frozenset[int]) -> dict[str, Any]:
     """The sampling fields of a `Row` from `sampling_params`."""
+    if not isinstance(params, dict):
+        raise refused_type("sampling_params", f"must be an object; got {_kind(params)} for row {row}")
     for key, value in params.items():
         if key in NEUTRAL_SAMPLING:
             if not any(type(value) is type(ok) and value == ok for ok in NEUTRAL_SAMPLING[key]):
@@ -233,7 +286,9 @@ def _sampling(params: Mapping[str, Any], limits: Limits, default_stop: frozenset
         elif key not in SUPPORTED_SAMPLING:
             raise refused_key(key, (*SUPPORTED_SAMPLING, *NEUTRAL_SAMPLING))
     stop = _value(params, "stop_token_ids", [], _token_list(limits))
-    ignore_eos = _value(params, "ignore_eos", False, _boolean)
+    if len(stop) > MOST_STOP_IDS:
+        raise refused_value(f"stop_token_ids has {len(stop)} ids, and there may be {MOST_STOP_IDS}.")
+    ignore_eos = _value(params, "ignore_eos", False, _flag)
     new = _value(params, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS, _integer)
     if new < 0:
         raise refused_value(f"max_new_tokens must be at least 0, got {new}.")
@@ -264,9 +319,10 @@ def _token_list(limits: Limits) -> Callable[[str, Any], list[int]]:
     return check
 
 
-def _boolean(field: str, value: Any) -> bool:
+def _flag(field: str, value: Any, row: int | None = None) -> bool:
     if not isinstance(value, bool):
-        raise refused_type(field, f"must be a bool; got {_kind(value)}")
+        where = "" if row is None else f" for row {row}"
+        raise refused_type(field, f"must be a bool; got {_kind(value)}{where}")
     return value
 
 

@@ -1,15 +1,27 @@
 """Teachers: who scores the student's responses. One entry in `BUILDERS` a kind."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
-from jaxdistill.teachers.base import Teacher, TeacherConfig, teacher_view
+from jaxdistill.teachers.base import Teacher, View, teacher_view, teacher_views
+from jaxdistill.teachers.config import (
+    EmbeddedConfig,
+    ReplayConfig,
+    ServedSettings,
+    SGLangConfig,
+    TeacherConfig,
+)
 from jaxdistill.teachers.embedded import EmbeddedTeacher
+from jaxdistill.teachers.identity import TeacherIdentity
+from jaxdistill.teachers.replay import ReplayTeacher
+from jaxdistill.teachers.routing import Routes, Teachers
 from jaxdistill.teachers.sglang import SGLangTeacher
 
-BUILDERS: Mapping[str, Callable[[TeacherConfig], SGLangTeacher | EmbeddedTeacher]] = {
+BUILDERS: Mapping[str, Callable[[Any], SGLangTeacher | EmbeddedTeacher | ReplayTeacher]] = {
     "sglang": SGLangTeacher,
     "embedded": EmbeddedTeacher,
+    "replay": ReplayTeacher,
 }
 
 
@@ -18,20 +30,42 @@ def build(config: TeacherConfig) -> Teacher:
 
     Raises `ConfigError`, `TeacherUnavailable` or `TeacherContractError`; nothing is left running then.
     """
-    teacher = BUILDERS[config.kind](config)
     with ExitStack() as undo:
+        teacher = BUILDERS[config.kind](config)
         undo.callback(teacher.close)
         teacher.check()
         undo.pop_all()
     return teacher
 
 
+def build_all(configs: Sequence[TeacherConfig], *, seed: int) -> Teachers:
+    """The teachers of a run, each reached and answering; raises as `build` does."""
+    with ExitStack() as undo:
+        members: list[Teacher] = []
+        for config in configs:
+            members.append(build(config))
+            undo.callback(members[-1].close)
+        undo.pop_all()
+    return Teachers(members, Routes(configs, seed))
+
+
 __all__ = [
     "BUILDERS",
+    "EmbeddedConfig",
     "EmbeddedTeacher",
+    "ReplayConfig",
+    "ReplayTeacher",
+    "Routes",
+    "SGLangConfig",
     "SGLangTeacher",
+    "ServedSettings",
     "Teacher",
     "TeacherConfig",
+    "TeacherIdentity",
+    "Teachers",
+    "View",
     "build",
+    "build_all",
     "teacher_view",
+    "teacher_views",
 ]

@@ -1,50 +1,106 @@
-"""Nothing bad is sent, nothing bad is believed: the checks around one scoring request.
+"""Nothing bad is sent: what one scoring request may hold, and how it is written.
 
-A token id outside the vocabulary or an empty row kills a genuine server, or returns another row's
-numbers; a reply that is short, shifted or not finite would train the student on noise.
+A token id outside the vocabulary, more top entries than there are ids, or an empty row kills a genuine
+server or returns another row's numbers; a row beyond the context is refused together with its whole
+request. So all of that is settled here, before anything leaves.
 
-Letters: P prompt tokens, S response tokens (at least one), N = P + S.
+Letters: P prompt tokens, S response tokens (at least one), K top-k.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 
-from jaxdistill.errors import TeacherContractError
+from jaxdistill.errors import ConfigError, TeacherContractError
+from jaxdistill.records import Unscored
 
-ROUNDING = 1e-4  # a log-probability this far above 0 is a rounding error, and taken as 0
+# An entry of a list, `[-0.00024637524620629847,151936,null],`, takes about 40 characters; a row's other
+# fields about 1,500. What a server writes more generously still fits, a reply that never ends does not.
+BYTES_AN_ENTRY = 64
+BYTES_A_ROW = 8192
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for at each position beside the log-probability of the token itself: the `top_k` most
+    likely tokens, and the log-probability of `end_token` (an id)."""
+
+    top_k: int = 0
+    end_token: int | None = None
+
+
+OWN_ONLY = Asked()
 
 
 @dataclass(frozen=True)
 class ScoringRow:
-    """One prompt and response to score; `number` is the rollout's place in the batch."""
+    """One prompt and response to score; `number` is the rollout's place in the batch, None for the canary."""
 
-    number: int
+    number: int | None
     prompt: Int32[np.ndarray, " P"]
     response: Int32[np.ndarray, " S"]
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
+    @property
+    def label(self) -> str:
+        """What messages call this row."""
+        return "canary" if self.number is None else f"row {self.number}"
+
+
+def check_asked(asked: Asked, vocab_size: int) -> None:
+    """Raise `ConfigError` for extras that no server with this vocabulary can give."""
+    if asked.top_k > vocab_size:
+        raise ConfigError(
+            f"teacher.top_k is {asked.top_k}, expected at most the vocabulary's {vocab_size}; set it lower"
+        )
+
 
 def check_row(row: ScoringRow, vocab_size: int) -> None:
-    """Raise `TeacherContractError` for a row that must not be sent."""
+    """Raise `TeacherContractError` for a row that must not be sent: without prompt or response, or with an
+    id outside the vocabulary."""
     if not len(row.prompt):
         raise TeacherContractError(
-            f"row {row.number}: the teacher's chat template rendered an empty prompt, expected at least one "
+            f"{row.label}: the teacher's chat template rendered an empty prompt, expected at least one "
             "token before the response; check teacher.tokenizer and its template"
         )
+    if not len(row.response):
+        raise TeacherContractError(f"{row.label}: got no response token, expected at least one; not sent")
     ids = np.concatenate([row.prompt, row.response])
     bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(bad):
         raise TeacherContractError(
-            f"row {row.number}, position {bad[0]}: got token id {ids[bad[0]]}, expected one in "
+            f"{row.label}, position {bad[0]}: got token id {ids[bad[0]]}, expected one in "
             f"[0, {vocab_size}); not sent, check that teacher.tokenizer is the served model's own"
         )
+
+
+def fit_row(
+    row: ScoringRow, longest: int, too_long: Literal["mask", "truncate", "stop"]
+) -> ScoringRow | Unscored:
+    """The row as it may be sent to a server that reads `longest` tokens at most.
+
+    A longer one is left out ("mask"), cut to the beginning of its response ("truncate"; left out where not
+    one response token fits), or raises `TeacherContractError` ("stop").
+    """
+    if len(row) <= longest:
+        return row
+    room = longest - len(row.prompt)
+    if too_long == "truncate" and room > 0:
+        return replace(row, response=row.response[:room])
+    what = (
+        f"{row.label}: got {len(row.prompt)} prompt and {len(row.response)} response tokens, expected at "
+        f"most {longest} together, which is what the teacher reads"
+    )
+    if too_long == "stop":
+        raise TeacherContractError(
+            f"{what}; serve it with a longer context, lower rollout.max_new_tokens, or set teacher.too_long"
+        )
+    return Unscored("too_long", what)
 
 
 def group_rows(rows: Sequence[ScoringRow], max_tokens: int) -> list[list[ScoringRow]]:
@@ -63,77 +119,30 @@ def group_rows(rows: Sequence[ScoringRow], max_tokens: int) -> list[list[Scoring
     return groups
 
 
-def scoring_request(rows: Sequence[ScoringRow]) -> dict[str, Any]:
+def scoring_request(rows: Sequence[ScoringRow], asked: Asked = OWN_ONLY) -> dict[str, Any]:
     """The `/generate` body that scores the responses of `rows`.
 
     The first entry returned is the last prompt token's and is always null, hence the start at P - 1;
-    a start later than 0 also lets the server reuse the prompt's cache for all samples of it.
+    a start later than 0 also lets the server reuse the prompt's cache for all samples of it. Top entries
+    are asked for in the flat base64 form too: servers that do not have it ignore the two fields.
     """
-    return {
+    body: dict[str, Any] = {
         "input_ids": [[*row.prompt.tolist(), *row.response.tolist()] for row in rows],
         "sampling_params": {"max_new_tokens": 0, "temperature": 0},
         "return_logprob": True,
         "logprob_start_len": [len(row.prompt) - 1 for row in rows],
     }
+    if asked.top_k:
+        body["top_logprobs_num"] = asked.top_k
+        body["return_flat_raw_top_logprobs"] = True
+        body["return_flat_raw_top_logprobs_b64"] = True
+    if asked.end_token is not None:
+        body["token_ids_logprob"] = [asked.end_token]
+    return body
 
 
-def read_scores(reply: Any, rows: Sequence[ScoringRow]) -> list[tuple[Float32[np.ndarray, " S"], str]]:
-    """Check the reply to `scoring_request(rows)`; return (logprobs, weight version) of each row.
-
-    Raises `TeacherContractError` naming the row, the position, what was got and what was expected.
-    """
-    if not isinstance(reply, list):
-        _refuse(None, f"got {_shown(reply)}", f"a list of {len(rows)} results")
-    if len(reply) != len(rows):
-        _refuse(None, f"got {len(reply)} results", f"{len(rows)}, one for each row sent")
-    return [_read_row(result, row) for result, row in zip(reply, rows, strict=True)]
-
-
-def _read_row(result: Any, row: ScoringRow) -> tuple[Float32[np.ndarray, " S"], str]:
-    meta = result.get("meta_info") if isinstance(result, dict) else None
-    if not isinstance(meta, dict):
-        _refuse(row, f"got {_shown(result)}", "an object with meta_info")
-    entries = meta.get("input_token_logprobs")
-    if not isinstance(entries, list):
-        _refuse(row, f"got input_token_logprobs {_shown(entries)}", "a list")
-    size = len(row.response)
-    if len(entries) != size + 1:
-        _refuse(row, f"got {len(entries)} log-probabilities", f"{size + 1} (null, then one a response token)")
-    if meta.get("prompt_tokens", len(row)) != len(row):
-        _refuse(row, f"got prompt_tokens {meta['prompt_tokens']}", f"{len(row)}, the tokens sent")
-    version = meta.get("weight_version", "")
-    if not isinstance(version, str):
-        _refuse(row, f"got weight_version {_shown(version)}", "a string")
-    return _read_entries(entries, row), version
-
-
-def _read_entries(entries: Sequence[Any], row: ScoringRow) -> Float32[np.ndarray, " S"]:
-    echoed = [int(row.prompt[-1]), *row.response.tolist()]
-    values = np.zeros(len(row.response), np.float32)
-    for position, (entry, token) in enumerate(zip(entries, echoed, strict=True), start=-1):
-        if not isinstance(entry, list) or len(entry) != 3:
-            _refuse(row, f"got {_shown(entry)}", "[log-probability, token id, text]", position)
-        value, got, _ = entry
-        if got != token:
-            _refuse(row, f"got token id {_shown(got)}", f"{token}, the id sent", position)
-        if position < 0:
-            if value is not None:
-                _refuse(row, f"got {_shown(value)}", "null before the first response token", position)
-            continue
-        if type(value) not in (float, int) or not math.isfinite(value) or value > ROUNDING:
-            _refuse(row, f"got log-probability {_shown(value)}", "a finite number <= 0", position)
-        values[position] = min(value, 0.0)
-    return values
-
-
-def _refuse(row: ScoringRow | None, got: str, expected: str, position: int | None = None) -> NoReturn:
-    where = "reply" if row is None else f"row {row.number}"
-    if position is not None:
-        where += f", response position {position}"
-    raise TeacherContractError(f"{where}: {got}, expected {expected}; nothing of this reply was used")
-
-
-def _shown(value: Any) -> str:
-    """`value` for a message, cut to a length that stays readable."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def largest_reply(rows: Sequence[ScoringRow], asked: Asked) -> int:
+    """Most bytes that a sound reply to `scoring_request(rows, asked)` has, in its longest form."""
+    entries = 1 + asked.top_k + (asked.end_token is not None)
+    # Each list also has an entry before the response, and the optional ones have one after it.
+    return sum(BYTES_A_ROW + (len(row.response) + 2) * entries * BYTES_AN_ENTRY for row in rows)

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from jaxdistill.errors import ConfigError, TeacherUnavailable
 from jaxdistill.records import Rollout, TeacherScores
-from jaxdistill.teachers.base import TeacherConfig
+from jaxdistill.teachers.config import EmbeddedConfig
+from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.teachers.sglang import SGLangTeacher
 from jaxdistill.text import Tokenizer
 
@@ -32,10 +33,11 @@ MOST_CONCURRENT = 2
 class EmbeddedTeacher:
     """Serves `config.model` in a child process and scores with it."""
 
-    def __init__(self, config: TeacherConfig, *, tokenizer: Tokenizer | None = None):
+    identity: TeacherIdentity  # what `check` found
+
+    def __init__(self, config: EmbeddedConfig, *, tokenizer: Tokenizer | None = None):
         """Start the child and wait until it answers. Raises `ConfigError` for a missing model folder
         and `TeacherUnavailable` (with the end of the child's log) where it does not come up."""
-        assert config.model is not None, "checked at validation"
         if not (Path(config.model) / "config.json").is_file():
             raise ConfigError(
                 f"teacher.model: no model at {config.model}, expected a folder with config.json and "
@@ -47,8 +49,10 @@ class EmbeddedTeacher:
         with ExitStack() as undo:
             undo.callback(self._server.stop)
             endpoint = self._server.wait(config.start_timeout_s)
+            at_once = min(config.max_concurrency, MOST_CONCURRENT)
             self._client = SGLangTeacher(
-                config.model_copy(update={"max_concurrency": min(config.max_concurrency, MOST_CONCURRENT)}),
+                # A second copy of a late request would only wait behind the first.
+                config.model_copy(update={"max_concurrency": at_once, "hedge_share": 0.0}),
                 tokenizer=self.tokenizer,
                 endpoints=[endpoint],
                 gone=lambda: not self._server.alive,
@@ -60,14 +64,25 @@ class EmbeddedTeacher:
         """The child's process id."""
         return self._server.process.pid
 
-    def check(self) -> dict[str, Any]:
-        """The served model's info, as the child reports it."""
-        return self._client.check()
+    def check(self) -> TeacherIdentity:
+        """As `SGLangTeacher.check`; `TeacherUnavailable` ends with the child's log if it died."""
+        with self._last_words():
+            self.identity = self._client.check()
+        return self.identity
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """As `SGLangTeacher.score`; `TeacherUnavailable` ends with the child's log if it died."""
-        try:
+        with self._last_words():
             return self._client.score(rollouts)
+
+    def take_counts(self) -> dict[str, int]:
+        """As `SGLangTeacher.take_counts`."""
+        return self._client.take_counts()
+
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        try:
+            yield
         except TeacherUnavailable as error:
             if self._server.alive:
                 raise

@@ -1,121 +1,303 @@
 """A teacher behind an SGLang server (or anything that speaks its `/generate`).
 
+Joins what may be sent (`checks`), how it travels (`transport`), what is believed (`replies`) and who
+answered (`identity`).
+
 Letters: S teacher response tokens.
 """
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.errors import ConfigError, TeacherContractError
-from jaxdistill.records import Rollout, TeacherScores
-from jaxdistill.teachers.base import TeacherConfig, teacher_views
-from jaxdistill.teachers.checks import ScoringRow, check_row, group_rows, read_scores, scoring_request
-from jaxdistill.teachers.transport import Policy, Transport
+from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
+from jaxdistill.records import END_OF_TURN, ROLE_NAMES, Rollout, TeacherScores, TokenSpans, Unscored
+from jaxdistill.teachers.base import teacher_views
+from jaxdistill.teachers.checks import (
+    Asked,
+    ScoringRow,
+    check_asked,
+    check_row,
+    fit_row,
+    group_rows,
+    largest_reply,
+    scoring_request,
+)
+from jaxdistill.teachers.config import ServedSettings, SGLangConfig
+from jaxdistill.teachers.identity import (
+    TeacherIdentity,
+    canary_distance,
+    canary_row,
+    check_tokenizer,
+    longest_row,
+)
+from jaxdistill.teachers.replay import ScoreRecorder
+from jaxdistill.teachers.replies import RowScores, read_reply
+from jaxdistill.teachers.transport import Policy, Reply, Transport
 from jaxdistill.text import Tokenizer
 
-INFO_PATHS = ("/model_info", "/get_model_info")  # newer and older servers
+logger = logging.getLogger(__name__)
+
+# Newer and older servers.
+MODEL_INFO = ("/model_info", "/get_model_info")
+SERVER_INFO = ("/server_info", "/get_server_info")
 
 
 class SGLangTeacher:
     """Scores rollouts over HTTP; requests run concurrently inside `score`."""
 
+    identity: TeacherIdentity  # what `check` found
+
     def __init__(
         self,
-        config: TeacherConfig,
+        settings: ServedSettings,
         *,
-        tokenizer: Tokenizer | None = None,
         endpoints: Sequence[str] | None = None,
+        tokenizer: Tokenizer | None = None,
         gone: Callable[[], bool] = lambda: False,
     ):
         """Reads the API key and the tokenizer; no request is made yet (see `check`).
 
-        `endpoints` replaces the config's, `gone` ends retries early when it returns true: both for a
-        server this process started itself. Raises `ConfigError` where the key's variable is not set.
+        `endpoints` are for a server this process started itself, and so is `gone`, which ends retries once
+        it returns true; an `SGLangConfig` brings its own. Raises `ConfigError` where the key's variable is
+        not set, or where the tokenizer cannot give what is asked for.
         """
-        self.name = config.name
-        self.config = config
-        key, hint = _api_key(config.api_key_env)
-        self.tokenizer = config.load_tokenizer() if tokenizer is None else tokenizer
-        self._transport = Transport(
-            config.endpoints if endpoints is None else endpoints,
-            Policy(
-                config.max_concurrency,
-                config.request_timeout_s,
-                config.attempts,
-                config.backoff_s,
-                config.backoff_max_s,
-            ),
-            api_key=key,
-            key_hint=hint,
-            gone=gone,
-        )
+        self.name = settings.name
+        self.settings = settings
+        self._checked = False
+        configured = isinstance(settings, SGLangConfig)
+        key, hint = _api_key(settings.api_key_env if configured else None)
+        if endpoints is None:
+            endpoints = settings.endpoints if configured else ()
+        self.tokenizer = settings.load_tokenizer() if tokenizer is None else tokenizer
+        self._asked = _what_to_ask(settings, self.tokenizer)
+        self._unscored: Counter[str] = Counter()
+        self._recorder: ScoreRecorder | None = None
+        self._transport = Transport(endpoints, Policy.of(settings), api_key=key, key_hint=hint, gone=gone)
 
-    def check(self) -> dict[str, Any]:
-        """Ask the server what it serves: reachability, address and key are settled before any work.
+    def check(self) -> TeacherIdentity:
+        """Ask every endpoint what it serves, before any work: is it reachable and the key right, how long a
+        row may be, is the tokenizer the served model's, and do all of them give the canary the same values.
 
-        Returns its model info. Raises `TeacherUnavailable` or `TeacherContractError`.
+        One that does not answer is left to the breaker while another does: when it comes back, the canary in
+        its replies tells whether it is the same model.
+
+        Raises `TeacherUnavailable`, `TeacherContractError`, or
+        `ConfigError` for another tokenizer.
         """
-        refused: TeacherContractError | None = None
-        for path in INFO_PATHS:
-            try:
-                info = self._transport.get(path)
-            except TeacherContractError as error:
-                refused = refused or error
-                continue
-            if not isinstance(info, dict):
+        lengths = self._lengths()
+        endpoints, longest = list(lengths), min(lengths.values())
+        found = [self._identify(endpoint, longest) for endpoint in endpoints]
+        for endpoint, other in zip(endpoints[1:], found[1:], strict=True):
+            difference = found[0].difference(other, self.settings.canary_tolerance)
+            if difference:
                 raise TeacherContractError(
-                    f"teacher at {', '.join(self._transport.endpoints)}: {path} answered {info!r:.80}, "
-                    "expected an object; check that the address is an SGLang server's"
+                    f"teacher at {endpoint}: got {difference}, as at {endpoints[0]}; the endpoints of one "
+                    "teacher must serve the same model"
                 )
-            return info
-        assert refused is not None, "at least one path was asked"
-        raise refused
+        self.identity, self._checked = found[0], True
+        if self.settings.record is not None:
+            self._recorder = ScoreRecorder(
+                self.settings.record, self.identity, tolerance=self.settings.canary_tolerance
+            )
+        return self.identity
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """log p of each response token by the teacher, at temperature 1, in the order given.
 
-        A rollout whose response is empty to the teacher is not sent and has no scores. Raises
-        `TeacherUnavailable` or `TeacherContractError`; then no score of the batch is returned.
+        A rollout whose response is empty to the teacher is not sent and has no scores. A row that is too
+        long, or whose reply is not believed, comes back without tokens and with the reason in `unscored`.
+        Asks for the teacher's identity first, where `check` has not been called. Raises
+        `TeacherUnavailable`, or `TeacherContractError` where the teacher changed; then no score of the batch
+        is returned.
         """
-        views = teacher_views(self.tokenizer, rollouts, self.config.template_kwargs)
-        rows = [
-            ScoringRow(number, prompt, response.ids)
-            for number, (prompt, response) in enumerate(views)
-            if len(response)
-        ]
-        for row in rows:
+        identity = self.identity if self._checked else self.check()
+        views = teacher_views(self.tokenizer, rollouts, self.settings.template_kwargs)
+        found: dict[int, RowScores | Unscored] = {}
+        rows: list[ScoringRow] = []
+        for number, (prompt, response) in enumerate(views):
+            if not len(response):
+                continue
+            row = ScoringRow(number, prompt, response.ids)
             check_row(row, self.tokenizer.vocab_size)
-        groups = group_rows(rows, self.config.max_tokens_per_request)
-        replies = self._transport.post_all("/generate", [scoring_request(group) for group in groups])
-        logprobs = [np.zeros(0, np.float32) for _ in rollouts]
-        versions: dict[str, int] = {}  # weight version -> first row that reports it
-        for reply, group in zip(replies, groups, strict=True):
-            for row, (values, version) in zip(group, read_scores(reply, group), strict=True):
-                logprobs[row.number] = values
-                versions.setdefault(version, row.number)
-        version = _one_version(versions)
-        return [
-            TeacherScores(response=response, logprobs=values, teacher=self.name, weight_version=version)
-            for (_, response), values in zip(views, logprobs, strict=True)
+            fitting = fit_row(row, identity.longest, self.settings.too_long)
+            if isinstance(fitting, Unscored):
+                found[number] = fitting
+            else:
+                rows.append(fitting)
+        found |= self._ask(rows, identity)
+        self._unscored.update(result.kind for result in found.values() if isinstance(result, Unscored))
+        scores = [
+            self._scores(response, found.get(number), identity.weight_version)
+            for number, (_, response) in enumerate(views)
         ]
+        if self._recorder is not None:
+            self._recorder.write(views, scores)
+        return scores
+
+    def take_counts(self) -> dict[str, int]:
+        """What happened since the last call: the transport's counts, and rows without scores by reason."""
+        counts = {**self._transport.take_counts(), "too_long": 0, "bad_reply": 0}
+        counts.update(self._unscored)
+        self._unscored.clear()
+        return counts
 
     def close(self) -> None:
         """Close the connections; calling it again does nothing."""
         self._transport.close()
 
+    def _lengths(self) -> dict[str, int]:
+        """The longest row of each endpoint that answers; raises where none does."""
+        lengths: dict[str, int] = {}
+        silent: list[TeacherUnavailable] = []
+        for endpoint in self._transport.endpoints:
+            try:
+                lengths[endpoint] = self._longest(endpoint)
+            except TeacherUnavailable as error:
+                silent.append(error)
+        if not lengths:
+            raise silent[0]
+        for error in silent:
+            logger.warning("%s (the run starts with the other endpoints)", error)
+        return lengths
 
-def _one_version(versions: dict[str, int]) -> str:
-    """The weight version of a batch; two of them mean that the teacher changed while it was asked."""
-    if len(versions) > 1:
-        (first, row), (second, other) = list(versions.items())[:2]
-        raise TeacherContractError(
-            f"row {other}: got weight_version {second!r}, expected {first!r} as for row {row}; the served "
-            "model was changed during the batch, do not update a teacher while a run uses it"
+    def _longest(self, endpoint: str) -> int:
+        """The longest row this endpoint reads, within what the configuration allows."""
+        models = self._transport.get("/v1/models", endpoint=endpoint).body
+        longest = longest_row(models, self._info(SERVER_INFO, endpoint, needed=False), endpoint)
+        return min(longest, self.settings.context_length or longest)
+
+    def _identify(self, endpoint: str, longest: int) -> TeacherIdentity:
+        def post(body: Any) -> Any:
+            return self._transport.post("/generate", body, endpoint=endpoint).body
+
+        info = self._info(MODEL_INFO, endpoint, needed=True)
+        same = check_tokenizer(post, self.tokenizer, longest, endpoint)
+        canary = canary_row(self.tokenizer, longest)
+        (read,) = read_reply(
+            post(scoring_request([canary], self._asked)), [canary], self._asked, self.tokenizer.vocab_size
         )
-    return next(iter(versions), "")
+        if isinstance(read, Unscored):
+            raise TeacherContractError(f"teacher at {endpoint}: {read.detail}; its replies cannot be used")
+        return TeacherIdentity(
+            name=self.name,
+            model=str(info.get("model_path", "")),
+            model_type=str(info.get("model_type", "")),
+            weight_version=read.weight_version,
+            tokenizer=self.tokenizer.fingerprint,
+            tokenizer_checked=same,
+            longest=longest,
+            canary_ids=(*canary.prompt.tolist(), *canary.response.tolist()),
+            canary=tuple(read.logprobs.tolist()),
+        )
+
+    def _info(self, paths: Sequence[str], endpoint: str, *, needed: bool) -> dict[str, Any]:
+        """The first object that one of the paths answers; without one, empty where it is not needed."""
+        refused: TeacherContractError | None = None
+        for path in paths:
+            try:
+                info = self._transport.get(path, endpoint=endpoint).body
+            except TeacherContractError as error:
+                refused = refused or error
+                continue
+            if isinstance(info, dict):
+                return info
+            refused = refused or TeacherContractError(
+                f"teacher at {endpoint}: {path} answered {info!r:.80}, expected an object; check that the "
+                "address is an SGLang server's"
+            )
+        if needed and refused is not None:
+            raise refused
+        return {}
+
+    def _ask(self, rows: Sequence[ScoringRow], identity: TeacherIdentity) -> dict[int, RowScores | Unscored]:
+        """Score the rows in groups, each with the canary after it."""
+        canary = canary_row(self.tokenizer, identity.longest)
+        room = max(1, self.settings.max_tokens_per_request - len(canary))
+        groups = [[*group, canary] for group in group_rows(rows, room)]
+        replies = self._transport.post_all(
+            "/generate",
+            [scoring_request(group, self._asked) for group in groups],
+            largest_reply=[largest_reply(group, self._asked) for group in groups],
+        )
+        found: dict[int, RowScores | Unscored] = {}
+        for reply, group in zip(replies, groups, strict=True):
+            results = read_reply(reply.body, group, self._asked, self.tokenizer.vocab_size)
+            proof = self._proof(reply, group, results, identity)
+            for row, result in zip(group[:-1], results[:-1], strict=True):
+                assert row.number is not None, "only the canary has none"
+                if proof is not None and isinstance(result, RowScores):
+                    result = Unscored(
+                        "bad_reply", f"{row.label}: its reply does not prove who made it: {proof}"
+                    )
+                if isinstance(result, Unscored):
+                    result = replace(result, detail=f"{result.detail} (from {reply.endpoint})")
+                found[row.number] = result
+        return found
+
+    def _proof(
+        self,
+        reply: Reply,
+        group: Sequence[ScoringRow],
+        results: Sequence[RowScores | Unscored],
+        identity: TeacherIdentity,
+    ) -> str | None:
+        """Who made this reply, by the canary in it: None for the teacher that `check` met, or the reason why
+        that cannot be told. Raises `TeacherContractError` for another teacher.
+        """
+        for row, result in zip(group, results, strict=True):
+            if isinstance(result, RowScores) and result.weight_version != identity.weight_version:
+                raise TeacherContractError(
+                    f"teacher at {reply.endpoint}: {row.label}: got weight_version "
+                    f"{result.weight_version!r}, expected {identity.weight_version!r}; the served model was "
+                    "changed, do not update a teacher while a run uses it"
+                )
+        canary = results[-1]
+        if isinstance(canary, Unscored):
+            return canary.detail
+        apart = canary_distance(identity.canary, canary.logprobs.tolist())
+        tolerance = self.settings.canary_tolerance
+        if apart > tolerance:
+            raise TeacherContractError(
+                f"another model is served at {reply.endpoint}: got canary log-probabilities {apart:.3g} nats "
+                f"a token from those at the start, expected at most {tolerance:g} "
+                "(teacher.canary_tolerance); serve the first model again, or start another run"
+            )
+        return None
+
+    def _scores(
+        self, response: TokenSpans, result: RowScores | Unscored | None, version: str
+    ) -> TeacherScores:
+        if not isinstance(result, RowScores):
+            return TeacherScores(
+                response.head(0), np.zeros(0, np.float32), self.name, version, unscored=result
+            )
+        return TeacherScores(
+            response=response.head(len(result.logprobs)),
+            logprobs=result.logprobs,
+            teacher=self.name,
+            weight_version=version,
+            topk_ids=result.topk_ids,
+            topk_logprobs=result.topk_logprobs,
+            end_logprobs=result.end_logprobs,
+        )
+
+
+def _what_to_ask(settings: ServedSettings, tokenizer: Tokenizer) -> Asked:
+    role = ROLE_NAMES[END_OF_TURN]
+    if settings.end_logprobs and role not in tokenizer.roles:
+        raise ConfigError(
+            f"teacher.end_logprobs: no token of {tokenizer.where} plays the role {role!r}; name one under "
+            "teacher.roles, or turn end_logprobs off"
+        )
+    asked = Asked(settings.top_k, tokenizer.roles[role] if settings.end_logprobs else None)
+    check_asked(asked, tokenizer.vocab_size)
+    return asked
 
 
 def _api_key(name: str | None) -> tuple[str | None, str]:

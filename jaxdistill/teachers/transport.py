@@ -1,47 +1,78 @@
-"""HTTP to a teacher: one aiohttp session on one background thread; deadlines, retries, error texts.
+"""HTTP to a teacher for as long as a run takes: one session on one background thread.
 
 What is worth another try (connection trouble, timeouts, 429, 5xx) is tried again with jittered
-exponential backoff and ends as `TeacherUnavailable`; every other refusal is final and raises
-`TeacherContractError` with the server's own words.
+exponential backoff until the time for the batch is used up, and ends as `TeacherUnavailable`; every other
+refusal is final and raises `TeacherContractError` with the server's own words. Endpoints that fail in a
+row are left alone and probed, with copies for whose replies nobody waits while other endpoints are well; a
+request that lags is sent a second time.
 """
 
 import asyncio
-import json
+import concurrent.futures
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-import aiohttp
 import orjson
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
-from jaxdistill.errors import TeacherContractError, TeacherUnavailable
+from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
+from jaxdistill.teachers.config import ServedSettings
+from jaxdistill.teachers.endpoints import Endpoints, Lease
+from jaxdistill.teachers.hedging import Hedges
+from jaxdistill.teachers.wire import PassingFailure, Wire
 
-CONNECT_TIMEOUT_S = 10.0
-LONGEST_QUOTE = 500  # characters of a server's message that are repeated in ours
+SMALL_REPLY = 2**20  # bytes; more than any reply that is not a batch of scores
+COUNTED = ("requests", "retries", "hedges", "breaker_openings")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a request is tried; times in seconds (see `TeacherConfig`)."""
+    """How patiently and how hard a teacher is asked; times in seconds (see `ServedSettings`)."""
 
     max_concurrency: int
-    timeout_s: float
+    request_timeout_s: float
+    batch_budget_s: float
+    start_timeout_s: float
     attempts: int
     backoff_s: float
     backoff_max_s: float
+    breaker_failures: int
+    breaker_probe_s: float
+    hedge_share: float
+
+    @classmethod
+    def of(cls, settings: ServedSettings) -> "Policy":
+        """The part of a teacher's settings that concerns requests."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
-class _Passing(Exception):
-    """One failed attempt that may go better the next time; never leaves this module."""
+@dataclass(frozen=True)
+class Reply:
+    """The decoded JSON of one reply, who sent it, and how long that took."""
 
-    def __init__(self, endpoint: str, reason: str, retry_after_s: float | None = None):
-        super().__init__(reason)
-        self.endpoint = endpoint
-        self.retry_after_s = retry_after_s
+    endpoint: str
+    body: Any
+    seconds: float
+
+
+@dataclass
+class _Call:
+    """One request to be answered, through however many tries."""
+
+    method: str
+    path: str
+    body: Any
+    largest: int
+    only: str | None = None  # the one endpoint it is for
+    payload: bytes | None = None
+    tries: int = 0
+    broken: int = 0  # tries the server answered with status 500
+    avoid: str | None = None  # where the last try failed
 
 
 class Transport:
@@ -60,187 +91,261 @@ class Transport:
         key_hint: str = "",
         gone: Callable[[], bool] = lambda: False,
     ):
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise ConfigError(
+                "the API key holds a space, a line end or another character no header can carry, expected "
+                f"printable ASCII; {key_hint or 'check the variable it comes from'}"
+            )
         self.endpoints = tuple(endpoints)
         self.policy = policy
-        self._api_key = api_key
-        self._key_hint = key_hint
         self._gone = gone
-        self._outstanding: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._random = random.Random()  # the process's own generator belongs to the run
+        self._hedges = Hedges(policy.hedge_share)
+        self._probes: set[asyncio.Task[Reply]] = set()  # those nobody waits for
+        self._health = Endpoints(
+            self.endpoints, failures=policy.breaker_failures, probe_s=policy.breaker_probe_s
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-http", daemon=True)
         self._thread.start()
-        self._session, self._slots = self._wait(self._open())
+        self._wire, self._slots = self._wait(self._open(api_key, key_hint))
 
-    def post_all(self, path: str, bodies: Sequence[Any]) -> list[Any]:
-        """POST every body, at most `max_concurrency` at once; decoded replies in the same order.
+    def post_all(self, path: str, bodies: Sequence[Any], *, largest_reply: Sequence[int]) -> list[Reply]:
+        """POST every body, at most `max_concurrency` at once; replies in the same order.
 
-        The first failure cancels the rest and is raised.
+        `largest_reply[i]`: the most bytes a sound reply to body i has. The first final failure cancels
+        the rest and is raised; after `batch_budget_s` that is `TeacherUnavailable`.
         """
-        return self._wait(self._post_all(path, bodies))
+        pairs = zip(bodies, largest_reply, strict=True)
+        calls = [_Call("POST", path, body, largest) for body, largest in pairs]
+        return self._wait(self._answer(calls, "batch_budget_s"))
 
-    def get(self, path: str) -> Any:
-        """GET one path; the decoded reply."""
-        return self._wait(self._request("GET", path, None))
+    def post(
+        self, path: str, body: Any, *, endpoint: str | None = None, largest_reply: int = SMALL_REPLY
+    ) -> Reply:
+        """POST one body, to the one `endpoint` if given, as a run asks at its start: the reply within
+        `start_timeout_s`, or `TeacherUnavailable`."""
+        call = _Call("POST", path, body, largest_reply, endpoint)
+        return self._wait(self._answer([call], "start_timeout_s"))[0]
+
+    def get(self, path: str, *, endpoint: str | None = None) -> Reply:
+        """GET one path, of the one `endpoint` if given; bounded as `post`."""
+        call = _Call("GET", path, None, SMALL_REPLY, endpoint)
+        return self._wait(self._answer([call], "start_timeout_s"))[0]
+
+    def take_counts(self) -> dict[str, int]:
+        """What happened since the last call: `requests` sent in all, `retries` and `hedges` (second
+        copies: of what lagged, and of what was a probe) among them, and `breaker_openings`."""
+        counts, self._counts = self._counts, Counter()
+        counts["breaker_openings"], self._health.openings = self._health.openings, 0
+        return {name: counts[name] for name in COUNTED}
 
     def close(self) -> None:
-        """Close the session and end the thread; calling it again does nothing."""
+        """Give up what is under way, close the session and end the thread; again it does nothing."""
         if self._loop.is_closed():
             return
-        self._wait(self._session.close())
+        self._wait(self._shut())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _wait[Result](self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run `work` on the background loop; an interrupt here cancels it there."""
-        if self._loop.is_closed():
+        closed = self._loop.is_closed()
+        if closed:
             work.close()
-            raise TeacherUnavailable(f"{', '.join(self.endpoints)}: the connection was closed by this run")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
+        else:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            try:
+                return future.result()
+            except concurrent.futures.CancelledError:
+                closed = True
+            finally:
+                future.cancel()
+        raise TeacherUnavailable(f"teacher at {self._names}: the connection was closed by this run")
 
-    async def _open(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
-        headers = {"Content-Type": "application/json"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        total = self.policy.timeout_s
-        session = aiohttp.ClientSession(
-            headers=headers,
-            timeout=aiohttp.ClientTimeout(total=total, sock_connect=min(total, CONNECT_TIMEOUT_S)),
-            connector=aiohttp.TCPConnector(limit=self.policy.max_concurrency),
-            auto_decompress=True,
+    async def _open(self, api_key: str | None, key_hint: str) -> tuple[Wire, asyncio.Semaphore]:
+        wire = Wire(self.policy.request_timeout_s, api_key=api_key, key_hint=key_hint)
+        return wire, asyncio.Semaphore(self.policy.max_concurrency)
+
+    async def _shut(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await _give_up(others)
+        await self._wire.close()
+
+    async def _answer(
+        self, calls: Sequence[_Call], budget: Literal["batch_budget_s", "start_timeout_s"]
+    ) -> list[Reply]:
+        """All replies within the budget of that name, or the first final failure."""
+        seconds: float = getattr(self.policy, budget)
+        tasks = [asyncio.create_task(self._persist(call)) for call in calls]
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.gather(*tasks)
+        except TimeoutError:
+            answered = sum(task.done() and not task.cancelled() for task in tasks)
+        finally:
+            await _give_up(tasks)
+        raise TeacherUnavailable(
+            f"teacher at {self._names} is unavailable: {answered} of {len(calls)} requests "
+            f"({calls[0].method} {calls[0].path}) were answered within the {seconds:g} s "
+            f"of teacher.{budget}; {self._health.describe()}; check that the server runs, the address "
+            "is right and the time suits the work"
         )
-        return session, asyncio.Semaphore(self.policy.max_concurrency)
 
-    async def _post_all(self, path: str, bodies: Sequence[Any]) -> list[Any]:
-        tasks = [asyncio.ensure_future(self._request("POST", path, body)) for body in bodies]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _request(self, method: str, path: str, body: Any) -> Any:
+    async def _persist(self, call: _Call) -> Reply:
+        """The reply to `call`, tried as often as it makes sense."""
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_Passing),
+            retry=retry_if_exception_type(PassingFailure),
             stop=self._stop,
             wait=self._pause,
-            sleep=asyncio.sleep,
+            sleep=self._health.recovery,
             reraise=True,
         )
-        payload = None if body is None else orjson.dumps(body)
-        try:
-            async with self._slots:
-                return await retrying(self._attempt, method, path, payload)
-        except _Passing as last:
-            tries = retrying.statistics.get("attempt_number", 1)
-            raise TeacherUnavailable(
-                f"teacher at {last.endpoint} is unavailable: {method} {path} failed {tries} "
-                f"time{'s' if tries > 1 else ''}, at last with: {last}; expected a reply within "
-                f"{self.policy.timeout_s:g} s; check that the server runs and the address is right"
-            ) from last.__cause__
+        async with self._slots:
+            call.payload = None if call.body is None else orjson.dumps(call.body)
+            try:
+                return await retrying(self._try, call)
+            except PassingFailure as last:
+                failure = last
+        why = "its process has ended" if self._gone() else "that is teacher.attempts; see the server's log"
+        raise TeacherUnavailable(
+            f"teacher at {failure.endpoint} is unavailable: {call.method} {call.path} failed {call.tries} "
+            f"time{'s' * (call.tries > 1)}, {call.broken} of them with status 500, at last with: {failure}; "
+            f"expected a reply; {why}"
+        )
 
     def _stop(self, state: RetryCallState) -> bool:
-        return stop_after_attempt(self.policy.attempts)(state) or self._gone()
+        """Other failures end with the budget; but what breaks a living server does so every time."""
+        return state.args[0].broken >= self.policy.attempts or self._gone()
 
     def _pause(self, state: RetryCallState) -> float:
-        """Full jitter: uniform below a bound that doubles; at least what the server asked for."""
-        bound = min(self.policy.backoff_max_s, self.policy.backoff_s * 2 ** (state.attempt_number - 1))
-        error = state.outcome.exception() if state.outcome else None
-        asked = error.retry_after_s if isinstance(error, _Passing) else None
-        return min(asked or 0.0, self.policy.backoff_max_s) + random.uniform(0.0, bound)
+        """Full jitter: uniform below a bound that doubles; on top of what the server asked for, which only
+        the budget ends."""
+        call: _Call = state.args[0]
+        if not self._health.usable(call.only):
+            return 0.0  # the breaker is what paces the tries then
+        # The exponent is bounded because tries are not: a float ends at 2 ** 1023.
+        bound = min(self.policy.backoff_max_s, self.policy.backoff_s * 2.0 ** min(call.tries - 1, 64))
+        return self._health.rest(call.only) + self._random.uniform(0.0, bound)
 
-    async def _attempt(self, method: str, path: str, payload: bytes | None) -> Any:
-        endpoint = min(self.endpoints, key=lambda url: self._outstanding[url])
-        self._outstanding[endpoint] += 1
+    async def _try(self, call: _Call) -> Reply:
+        self._counts["retries"] += call.tries > 0
+        call.tries += 1
         try:
-            async with self._session.request(
-                method, endpoint + path, data=payload, allow_redirects=False
-            ) as response:
-                content = await response.read()
-        except aiohttp.ClientSSLError as error:
-            raise TeacherContractError(
-                f"teacher at {endpoint}: TLS failed ({error}); expected a certificate this machine trusts"
-            ) from error
-        except TimeoutError as error:
-            raise _Passing(endpoint, f"no reply within {self.policy.timeout_s:g} s") from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise _Passing(endpoint, f"{type(error).__name__}: {error}") from error
-        except aiohttp.ClientError as error:
-            raise TeacherContractError(
-                f"teacher at {endpoint}: {method} {path} got {type(error).__name__} ({error}), expected "
-                "HTTP; check that the address is an SGLang server's"
-            ) from error
+            return await self._race(call)
+        except PassingFailure as failure:
+            call.avoid = failure.endpoint
+            call.broken += failure.status == 500
+            raise
+
+    async def _race(self, call: _Call) -> Reply:
+        """One try: a request, and a second one beside it if the first one lags."""
+        lease = await self._health.lease(call.only, call.avoid)
+        self._hedges.sent()
+        tasks = [self._start(call, lease)]
+        try:
+            if lease.probe and (well := await self._elsewhere(call, tasks[0])):
+                self._let_go(tasks.pop())
+                lease = well
+                tasks.append(self._start(call, lease))
+                self._counts["hedges"] += 1
+            if not await self._lags(call, tasks[0]):
+                return await tasks[0]
+            spare = self._health.spare(call.only, lease.url)
+            assert spare is not None, "_lags has seen to it"
+            self._counts["hedges"] += 1
+            async with self._slots:
+                tasks.append(self._start(call, spare))
+                reply = await _first_sound(tasks)
+            if reply.endpoint != lease.url:
+                # An endpoint that only ever lags would never fail otherwise, and always look idle.
+                self._health.end(lease, False, "so slow that another endpoint answered first")
+            return reply
         finally:
-            self._outstanding[endpoint] -= 1
-        if response.status == 200:
-            return self._decode(endpoint, path, content)
-        raise self._refusal(endpoint, f"{method} {path}", response, content)
+            await _give_up(tasks)
 
-    def _decode(self, endpoint: str, path: str, content: bytes) -> Any:
-        try:
-            return orjson.loads(content)
-        except orjson.JSONDecodeError:
-            # Python's reader also takes NaN and Infinity, so that the checks can say where they stand.
-            try:
-                return json.loads(content)
-            except ValueError as error:
-                raise TeacherContractError(
-                    f"teacher at {endpoint}: {path} answered {self._quote(content)!r}, expected JSON "
-                    f"({error}); check that the address is an SGLang server's"
-                ) from error
-
-    def _refusal(
-        self, endpoint: str, what: str, response: aiohttp.ClientResponse, content: bytes
-    ) -> TeacherContractError | _Passing:
-        status = response.status
-        said = f"status {status}: {self._quote(content)}"
-        if status == 429 or status >= 500:
-            return _Passing(endpoint, said, _retry_after(response.headers.get("Retry-After")))
-        if 300 <= status < 400:
-            target = self._quote(response.headers.get("Location", "").encode())
-            return TeacherContractError(
-                f"teacher at {endpoint}: {what} got a redirect (status {status}) to {target!r}, expected a "
-                "reply; redirects are not followed, set teacher.endpoint to the server itself"
-            )
-        advice = "the request will not be tried again"
-        if status in (401, 403):
-            advice = self._key_hint or "set teacher.api_key_env to the name of the variable with its API key"
-        return TeacherContractError(f"teacher at {endpoint}: {what} got {said}, expected 200; {advice}")
-
-    def _quote(self, content: bytes) -> str:
-        """A server's words on one line, shortened, and without the key should it repeat it."""
-        text = " ".join(server_message(content).split())
-        if self._api_key:
-            text = text.replace(self._api_key, "[key]")
-        return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
-
-
-def server_message(content: bytes) -> str:
-    """The message of an error reply, from any of the shapes servers use:
-    `{"error": {"message": ..}}`, `{"object": "error", "message": ..}`, `{"error": ..}`,
-    `{"detail": ..}`, or plain text."""
-    text = content.decode("utf-8", errors="replace")
-    try:
-        body = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return text
-    if not isinstance(body, dict):
-        return text
-    error = body.get("error")
-    inner = error.get("message") if isinstance(error, dict) else error
-    found = inner or body.get("message") or body.get("detail")
-    return text if found is None else found if isinstance(found, str) else str(found)
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds of a Retry-After header; None where it is absent or a date (backoff alone decides)."""
-    try:
-        seconds = float(header) if header else None
-    except ValueError:
+    async def _elsewhere(self, call: _Call, probe: asyncio.Task[Reply]) -> Lease | None:
+        """Wait until `probe` has ended (None), or an endpoint known to be well can be asked instead."""
+        while not probe.done():
+            if well := self._health.spare(call.only):
+                return well
+            await asyncio.wait({probe}, timeout=self.policy.breaker_probe_s)
         return None
-    return seconds if seconds is not None and seconds >= 0 else None
+
+    def _let_go(self, probe: asyncio.Task[Reply]) -> None:
+        """Leave a probe to itself: it finds out about its endpoint until its own deadline, beside the slots
+        (one an endpoint at most, where nothing else is sent), and its reply is dropped."""
+
+        def ended(probe: asyncio.Task[Reply]) -> None:
+            self._probes.discard(probe)
+            if not probe.cancelled():
+                probe.exception()  # asyncio reports what nobody looked at
+
+        self._probes.add(probe)  # asyncio itself may forget a task nobody holds
+        probe.add_done_callback(ended)
+
+    async def _lags(self, call: _Call, first: asyncio.Task[Reply]) -> bool:
+        """Wait until `first` has ended (False), or it lags and a second request may be sent (True).
+
+        A second request has the lowest rank: it waits until no other request is waiting for a slot.
+        """
+        patience = self._hedges.patience(len(call.payload or b""))
+        while True:
+            await asyncio.wait({first}, timeout=patience)
+            if first.done():
+                return False
+            if not self._slots.locked() and self._health.usable(call.only) and self._hedges.take():
+                return True
+            patience = max(0.01, (patience or 0.0) / 4)
+
+    def _start(self, call: _Call, lease: Lease) -> asyncio.Task[Reply]:
+        task = asyncio.create_task(self._send(call, lease))
+        # `_send` cannot give the lease back if it is cancelled before its first line.
+        task.add_done_callback(lambda _: self._health.end(lease, None))
+        return task
+
+    async def _send(self, call: _Call, lease: Lease) -> Reply:
+        """One exchange; what it tells about its endpoint and about latencies is noted."""
+        self._counts["requests"] += 1
+        began = time.monotonic()
+        well, reason, late = None, "", False
+        try:
+            body = await self._wire.exchange(lease.url, call.method, call.path, call.payload, call.largest)
+            well = True
+        except PassingFailure as failure:
+            well, reason, late = failure.status == 429, str(failure), failure.late  # a busy one is alive
+            if failure.retry_after_s is not None:
+                self._health.put_off(lease.url, failure.retry_after_s)
+            raise
+        except TeacherContractError:
+            well = True
+            raise
+        finally:
+            self._health.end(lease, well, reason, late=late)
+        seconds = time.monotonic() - began
+        self._hedges.answered(len(call.payload or b""), seconds)
+        return Reply(lease.url, body, seconds)
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(self.endpoints)
+
+
+async def _first_sound(tasks: Sequence[asyncio.Task[Reply]]) -> Reply:
+    """The first reply; a failure that may pass counts only once all have failed."""
+    failures = []
+    for ended in asyncio.as_completed(tasks):
+        try:
+            return await ended
+        except PassingFailure as failure:
+            failures.append(failure)
+    raise failures[-1]
+
+
+async def _give_up(tasks: Sequence[asyncio.Task[Any]] | set[asyncio.Task[Any]]) -> None:
+    """Cancel what still runs, and wait until it has ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -37,6 +37,7 @@ def make_batch(seed: int) -> Batch:
         teacher_logprob=np.where(response, teacher, 0.0).astype(np.float32),
         policy_version=np.zeros(ROWS, np.int32),
         weight=np.ones(ROWS, np.float32),
+        same_vocabulary=np.zeros(ROWS, bool),
     )
 
 

@@ -66,7 +66,7 @@ def test_an_unreachable_teacher_is_exit_75(train, tmp_path):
         .replace(
             "{kind: embedded, model: assets/toy/teacher}",
             f"{{kind: sglang, endpoint: 'http://127.0.0.1:{port}', tokenizer: assets/toy/teacher, "
-            "attempts: 2}",
+            "start_timeout_s: 2}",
         )
     )
     command = [sys.executable, "-m", "jaxdistill.train", "--config", str(config), f"run.dir={folder}"]

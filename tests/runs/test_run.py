@@ -40,7 +40,10 @@ def test_a_run_leaves_everything_the_design_names(finished):
         assert 0.0 < row["exact_fraction"] < 1.0 and row["coverage"] == 1.0
     assert [row["step"] for row in table if "eval/accuracy" in row] == [0, 4, 6]
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert manifest["student"]["tokenizer"] != manifest["teacher"]["tokenizer"]
+    teacher = manifest["teachers"]["teacher"]
+    identity = teacher["identity"]
+    assert identity["tokenizer"] != manifest["student"]["tokenizer"] and identity["tokenizer_checked"]
+    assert not teacher["same_vocabulary"] and len(identity["canary"]) == len(identity["canary_ids"]) - 1
     sample = json.loads((finished / "samples.jsonl").read_text().splitlines()[0])
     kinds = {kind for _, kind in sample["alignment"]["pieces"]}
     assert {"exact", "chunk"} <= kinds <= {"exact", "chunk", "role", "unaligned"}

@@ -61,6 +61,7 @@ def test_each_rule_is_its_definition(credit, row):
         teacher_logprob=jnp.asarray(teacher + [np.nan] * pad, jnp.float32)[None],
         student_logprobs=jnp.asarray(student + [np.nan] * pad, jnp.float32)[None],
         mask=jnp.asarray(padded_chunks >= 0)[None],
+        same_vocabulary=jnp.zeros(1, bool),
         clip=10.0,
     )
     wanted, wanted_mask = reference(credit, padded_chunks, teacher + [0.0] * pad, student + [0.0] * pad, 10.0)
@@ -68,17 +69,20 @@ def test_each_rule_is_its_definition(credit, row):
     np.testing.assert_array_equal(mask[0], wanted_mask)
 
 
-def test_with_one_token_a_chunk_all_but_lookahead_are_the_textbook():
-    student = jnp.asarray([[-1.0, -2.0, -0.5]])
-    teacher = jnp.asarray([[-0.5, -3.0, -0.5]])
+def test_with_one_token_a_chunk_all_rules_are_the_textbook_for_a_teacher_of_the_same_vocabulary():
+    # Row 1 is of a teacher with another vocabulary, whose cuts only happen to fit: lookahead is itself there.
+    student = jnp.asarray([[-1.0, -2.0, -0.5]] * 2)
+    teacher = jnp.asarray([[-0.5, -3.0, -0.5]] * 2)
     arguments = {
-        "chunk_of_token": jnp.asarray([[0, 1, 2]], jnp.int32),
+        "chunk_of_token": jnp.asarray([[0, 1, 2]] * 2, jnp.int32),
         "teacher_logprob": teacher,
         "student_logprobs": student,
-        "mask": jnp.ones((1, 3), bool),
+        "mask": jnp.ones((2, 3), bool),
+        "same_vocabulary": jnp.asarray([True, False]),
         "clip": 10.0,
     }
     for credit in ("broadcast", "uniform", "proportional"):
         np.testing.assert_allclose(token_advantages(credit, **arguments)[0], teacher - student, atol=1e-6)
     lookahead = token_advantages("lookahead", **arguments)[0]
-    np.testing.assert_allclose(lookahead, [[0.5, -1.0 + 0.5, 0.0 - 1.0]], atol=1e-6)
+    np.testing.assert_allclose(lookahead[0], (teacher - student)[0], atol=1e-6)
+    np.testing.assert_allclose(lookahead[1], [0.5, -1.0 + 0.5, 0.0 - 1.0], atol=1e-6)

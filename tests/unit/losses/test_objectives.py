@@ -46,6 +46,7 @@ def make_batch(seed: int = 0, length: int = LENGTH) -> Batch:
         teacher_logprob=np.where(mask, teacher, 0).astype(np.float32),
         policy_version=np.zeros(ROWS, np.int32),
         weight=np.ones(ROWS, np.float32),
+        same_vocabulary=np.zeros(ROWS, bool),
     )
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdistill.serving.protocol import Limits, RefusedRequest, Row
-from jaxdistill.serving.requests import parse_generate
+from jaxdistill.serving.protocol import Limits, RefusedRequest, ReplyForm, Row
+from jaxdistill.serving.requests import MOST_NUMBERS, MOST_ROWS, MOST_STOP_IDS, parse_generate
 
 LIMITS = Limits(vocab_size=100, context_length=16)
 STOP = frozenset({99})
@@ -33,8 +33,8 @@ def score(**more: Any) -> dict[str, Any]:
 
 def test_defaults_are_those_of_the_genuine_server() -> None:
     limits = Limits(vocab_size=100, context_length=4096)
-    (row,), batched = parse_generate({"input_ids": [1, 2, 3]}, limits, STOP)
-    assert not batched
+    (row,), form = parse_generate({"input_ids": [1, 2, 3]}, limits, STOP)
+    assert form == ReplyForm(batched=False, text=False, flat=False, base64=False)
     assert (row.max_new_tokens, row.temperature, row.logprobs, row.top_k) == (128, 1.0, False, 0)
     assert row.start == 3 and row.stop_ids == STOP and row.chosen == () and row.seed is None
     assert row.rid
@@ -72,7 +72,7 @@ def test_a_flat_list_of_chosen_ids_is_for_all_rows() -> None:
 
 
 def test_a_batch_of_one_is_a_batch() -> None:
-    assert parse_generate(score(input_ids=[[1]]), LIMITS, STOP)[1]
+    assert parse_generate(score(input_ids=[[1]]), LIMITS, STOP)[1].batched
 
 
 def test_unknown_fields_are_ignored_as_the_genuine_server_does() -> None:
@@ -102,6 +102,21 @@ def test_unknown_fields_are_ignored_as_the_genuine_server_does() -> None:
         (score(input_ids=[[1], [2]], logprob_start_len=[0]), ["logprob_start_len", "1 entries", "2 rows"]),
         (score(input_ids=[[1], [2]], sampling_params=[{}]), ["sampling_params", "1 entries"]),
         (score(stream=True), ["stream"]),
+        (score(return_flat_raw_top_logprobs_b64=True), ["return_flat_raw_top_logprobs_b64"]),
+        (score(input_ids=[[1]] * (MOST_ROWS + 1)), ["16385 rows", "16384"]),
+        (score(sampling_params={"stop_token_ids": [1] * (MOST_STOP_IDS + 1)}), ["stop_token_ids has 65"]),
+        (
+            score(input_ids=[[1] * 15] * MOST_ROWS, top_logprobs_num=100, logprob_start_len=0),
+            ["too large", str(MOST_NUMBERS), "top-k"],
+        ),
+        (
+            score(
+                input_ids=[[1]] * MOST_ROWS,
+                token_ids_logprob=[1] * 100,
+                sampling_params={"max_new_tokens": 9},
+            ),
+            ["too large"],
+        ),
         ({"text": "hello"}, ["text", "input_ids"]),
         ({}, ["Either text, input_ids or input_embeds should be provided."]),
     ],
@@ -130,6 +145,8 @@ def test_bad_values_are_refused_in_words(body: dict[str, Any], words: list[str])
         score(top_logprobs_num=1.0),
         score(token_ids_logprob=5),
         score(rid=5),
+        score(return_text_in_logprobs=[True]),
+        score(return_flat_raw_top_logprobs=1),
     ],
 )
 def test_wrong_types_are_refused_as_a_failed_schema_check(body: dict[str, Any]) -> None:
@@ -156,9 +173,13 @@ FIELDS = [
     "top_logprobs_num",
     "token_ids_logprob",
     "rid",
+    "return_text_in_logprobs",
+    "return_flat_raw_top_logprobs",
+    "return_flat_raw_top_logprobs_b64",
 ]
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values))
 def test_any_body_is_valid_or_refused(changes: dict[str, Any]) -> None:
     try:

@@ -17,14 +17,17 @@ def tokenizer(tiny_model: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def rollout(tokenizer: Tokenizer) -> Callable[..., Rollout]:
-    """`rollout("text", finished=True)`: a response by a student with the same tokenizer."""
+    """`rollout("text", finished=True)`: a response (to `prompt`, or a question) by a student with the same
+    tokenizer; bytes need not be UTF-8."""
 
-    def make(text: str, *, finished: bool = True, question: str = "Why?") -> Rollout:
+    def make(
+        text: str | bytes, *, finished: bool = True, question: str = "Why?", prompt: Prompt | None = None
+    ) -> Rollout:
         parts = [tokenizer.encode(text)] if text else []
         response = concatenate(parts + ([tokenizer.role_span("end_of_turn")] if finished else []))
         messages = [{"role": "user", "content": question}]
         return Rollout(
-            prompt=Prompt(messages=messages, index=0, source="test"),
+            prompt=prompt or Prompt(messages=messages, index=0, source="test"),
             prompt_ids=tokenizer.render(messages),
             response=response,
             logprobs=np.zeros(len(response), np.float32),

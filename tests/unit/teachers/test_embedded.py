@@ -15,12 +15,12 @@ import pytest
 
 from jaxdistill.errors import ConfigError, TeacherUnavailable
 from jaxdistill.records import Rollout
-from jaxdistill.teachers import EmbeddedTeacher, TeacherConfig, build
+from jaxdistill.teachers import EmbeddedConfig, EmbeddedTeacher, build
 
 PARENT = """
 import sys, time
-from jaxdistill.teachers import TeacherConfig, build
-teacher = build(TeacherConfig(kind="embedded", model=sys.argv[1]))
+from jaxdistill.teachers import EmbeddedConfig, build
+teacher = build(EmbeddedConfig(model=sys.argv[1]))
 print(teacher.pid, flush=True)
 time.sleep(600)
 """
@@ -42,7 +42,7 @@ def gone(pid: int, within_s: float) -> bool:
 
 @pytest.fixture(scope="module")
 def teacher(tiny_model: Path) -> Iterator[EmbeddedTeacher]:
-    built = build(TeacherConfig(kind="embedded", model=str(tiny_model)))
+    built = build(EmbeddedConfig(model=str(tiny_model)))
     assert isinstance(built, EmbeddedTeacher)
     yield built
     built.close()
@@ -66,13 +66,24 @@ def test_it_scores_like_a_server_started_by_hand(
         statistics = engine.run(parse_generate(request, engine.limits, frozenset())[0])[0].statistics
         assert statistics is not None
         np.testing.assert_allclose(score.logprobs, statistics.logprob[:-1], rtol=0, atol=1e-4)
-    assert teacher.check()["model_path"] == str(tiny_model)
+    assert teacher.check().model == str(tiny_model)
+
+
+def test_the_same_request_has_the_same_bits(teacher: EmbeddedTeacher, rollouts: Sequence[Rollout]) -> None:
+    """The canary in each request depends on that request alone, and not on what else waits."""
+    first, again = teacher.score(rollouts), teacher.score(rollouts)
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.logprobs, other.logprobs)
+    assert teacher.check() == teacher.check() == teacher.identity
+    assert teacher.identity.tokenizer_checked
+    counts = teacher.take_counts()
+    assert counts["requests"] >= 2 and counts["retries"] == counts["hedges"] == counts["bad_reply"] == 0
 
 
 def test_a_child_that_dies_is_unavailable_at_once_with_its_log(
     tiny_model: Path, rollouts: Sequence[Rollout]
 ) -> None:
-    teacher = build(TeacherConfig(kind="embedded", model=str(tiny_model), attempts=50, backoff_s=5.0))
+    teacher = build(EmbeddedConfig(model=str(tiny_model), attempts=50, backoff_s=5.0))
     assert isinstance(teacher, EmbeddedTeacher)
     os.kill(teacher.pid, signal.SIGKILL)
     began = time.monotonic()
@@ -98,7 +109,7 @@ def test_the_child_ends_when_its_parent_does(tiny_model: Path, number: signal.Si
 
 def test_a_missing_model_folder_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model at"):
-        build(TeacherConfig(kind="embedded", model=str(tmp_path / "nowhere"), tokenizer="unused"))
+        build(EmbeddedConfig(model=str(tmp_path / "nowhere"), tokenizer="unused"))
 
 
 def test_a_model_that_cannot_be_served_is_a_config_error_in_the_childs_words(
@@ -109,12 +120,12 @@ def test_a_model_that_cannot_be_served_is_a_config_error_in_the_childs_words(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(ConfigError, match="model_type is 'mamba'"):
-        build(TeacherConfig(kind="embedded", model=str(folder)))
+        build(EmbeddedConfig(model=str(folder)))
 
 
 def test_a_start_that_takes_too_long_is_unavailable(tiny_model: Path) -> None:
     with pytest.raises(TeacherUnavailable, match=r"did not listen within 0\.05 s"):
-        build(TeacherConfig(kind="embedded", model=str(tiny_model), start_timeout_s=0.05))
+        build(EmbeddedConfig(model=str(tiny_model), start_timeout_s=0.05))
 
 
 def test_a_fork_of_the_parent_does_not_keep_the_child(tiny_model: Path) -> None:

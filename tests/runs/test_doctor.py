@@ -1,0 +1,71 @@
+"""`python -m jaxdistill.doctor`: what it finds is what a run would meet."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.server import FaultServer
+
+from .conftest import ROOT, environment
+
+CONFIG = "configs/quickstart.yaml"
+
+
+def doctor(*overrides: str, config: str | Path = CONFIG) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jaxdistill.doctor", "--config", str(config), *overrides]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def test_a_sound_config_and_what_is_said_of_it(tmp_path: Path) -> None:
+    done = doctor(f"run.dir={tmp_path / 'run'}", f"teacher.record={tmp_path / 'scores'}")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "end_of_turn </turn>",
+        "end_of_turn <|end|>",
+        "1,024 prompts, 256 held out",
+        "tokenizer is the served model's own",
+        "reads 511 tokens",
+        "scores 1,024 of the prompts",
+        "of its tokens/s",
+        "digits",
+        "nothing stands in the way of a new run",
+    ):
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.max_prompt_tokens=2", "more than rollout.max_prompt_tokens=2"),
+        ("teacher.tokenizer=assets/toy/student", "is not that of the model served"),
+        ("teacher.top_k=100000", "at most the vocabulary"),
+        ("student.path=nowhere", "nowhere"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(tmp_path: Path, override: str, words: str) -> None:
+    done = doctor(f"run.dir={tmp_path / 'run'}", override)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert "nothing stands in the way" not in done.stdout
+
+
+def test_one_teacher_in_trouble_does_not_hide_the_other(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        gone = server.url
+    config = tmp_path / "two.yaml"
+    teachers = f"""teachers:
+  - {{name: gone, kind: sglang, endpoint: "{gone}", tokenizer: assets/toy/teacher, start_timeout_s: 1}}
+  - {{name: here, kind: embedded, model: assets/toy/teacher}}
+"""
+    lines = (ROOT / CONFIG).read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("teacher:")) + teachers)
+    done = doctor(config=config)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "TROUBLE" in done.stdout and gone in done.stdout
+    assert "teacher here" in done.stdout and "of its tokens/s" in done.stdout
+    assert "1 of 2 teachers cannot be used" in done.stderr
