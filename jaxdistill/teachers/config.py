@@ -74,12 +74,16 @@ class ServedSettings(TeacherSettings):
     backoff_s: float = Field(
         default=0.5, ge=0, description="longest wait after the first failure; doubles each time"
     )
-    backoff_max_s: float = Field(default=20.0, ge=0, description="no wait between tries is longer than this")
+    backoff_max_s: float = Field(
+        default=20.0, ge=0, description="longest random wait; Retry-After comes on top"
+    )
     breaker_failures: int = Field(
         default=5, ge=1, description="failures in a row after which an endpoint is left alone"
     )
     breaker_probe_s: float = Field(
-        default=5.0, gt=0, description="time between the single requests that find out if it is back"
+        default=5.0,
+        gt=0,
+        description="time between the single requests that find out if it is back; grows while others work",
     )
     hedge_share: float = Field(
         default=0.05, ge=0, lt=1, description="share of requests sent a second time when they lag; 0: never"
