@@ -19,15 +19,15 @@ def test_each_word_has_its_module(word: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no command given, expected one of train, serve, export, report, align"),
+        ([], "no command given, expected one of train, serve, export, report, doctor, align"),
         (
             ["trian"],
-            "unknown command 'trian', expected one of train, serve, export, report, align; "
+            "unknown command 'trian', expected one of train, serve, export, report, doctor, align; "
             "did you mean 'train'?",
         ),
         (
             ["zzz", "--config", "x"],
-            "unknown command 'zzz', expected one of train, serve, export, report, align",
+            "unknown command 'zzz', expected one of train, serve, export, report, doctor, align",
         ),
     ],
 )
