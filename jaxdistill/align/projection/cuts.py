@@ -1,191 +1,286 @@
-"""Whether the student's tokenizer puts a boundary at a border, given what the teacher writes next.
+"""Whether the student's tokenizer keeps the token before a border, given what the teacher writes next.
 
 The question for a response x, a border e, and bytes y that follow: does the student's segmentation of
-x[:e] + y have a boundary at e? Encoding x[:e] anew for each proposal would be quadratic. Three facts make the
-answer local:
+x[:e] + y have the response's token before e, with a boundary at e? (A boundary alone is not enough: two
+spaces are one token, but with a digit behind them two.) Encoding x[:e] anew for each proposal would be
+quadratic. Three facts make the answer local:
 
 1. A missing boundary is a student token with a byte on each side of e. Where no student token holds the two
-   bytes beside e side by side, the student always cuts (a table of 65,536 pairs of bytes).
+   bytes beside e side by side, the student always cuts (a table of 65,536 pairs of bytes). Not so behind
+   white space, since the cut of a run depends on what follows it, and inside a character, which is no text
+   before it is complete.
 2. Within one pre-token, BPE is pairwise: a sequence of tokens is the segmentation of its bytes if and only if
    each two neighbours are the segmentation of theirs, since merges on one side of a boundary that holds never
-   look across it. So of x[:e] only its last token matters, and of y nothing beyond y.
-3. A pre-tokenizer scans from left to right, and what it cuts behind a place depends on what came before only
-   through where its match began. So x[:e] may be replaced by its end from a token border p on, if a scan that
-   begins at p ends its match where the whole scan ends the match that holds p. `_is_start` names such places
-   for the patterns in use (GPT-2, cl100k, o200k, Llama 3, Qwen, DeepSeek): a letter that no contraction can
-   reach, a number's first digit, white space behind a word, a sign behind a word.
+   look across it. So of x[:e] only its last token matters.
+3. Of what the pre-tokenizer did before, only where its match began: `contexts` finds the place.
 
-So the context of a border is the bytes from the last such place to e: mostly one token. Answers are cached by
-(context, teacher token, offset in it), which makes later batches look-ups. Exact if the response is the
-student's own segmentation back to the context's start and that start lies within the last 16 tokens; a
-sampled response that is cut otherwise is answered for its context alone. Unigram models are not pairwise, so
-SentencePiece vocabularies begin at a space behind a word only; in scripts without spaces the limit of 16
-tokens can then make an answer inexact. Bytes after the proposed token are unknown and taken as absent.
+So the context of a border is the end of x[:e]: mostly one token. Answers are remembered by (context, teacher
+token, offset in it), which makes later batches look-ups.
 
-Letters: N questions, R student tokens.
+What follows y is not known, and may decide: `\\s+(?!\\S)` gives a run's last space to the word behind it, a
+longer token may reach over e or take y's last bytes away, half a character may be completed. So each
+question is asked twice, with nothing behind y and with y going on in the way that most readily turns the
+answer: where the student cuts, to the first token of the vocabulary (merges come in order of frequency) that
+begins with the context and y and is longer; where it does not and y ends in white space, to a letter; else
+to the first token that begins with y. Where the two answers differ, what follows decides. Two answers that
+agree are taken for certain; some third continuation may still say otherwise. A role token ends y for
+certain. Where more of what follows is known, `longer` makes it part of the context.
+
+Exact otherwise if the response is the student's own segmentation back to the context's start and that start
+lies within the last 16 tokens; a response that is cut otherwise is answered for its context alone. Unigram
+models are not pairwise, so SentencePiece vocabularies begin at a space behind a word only; in scripts without
+spaces the limit of 16 tokens can then make an answer inexact.
+
+Letters: N questions, R student tokens, B borders asked for.
 """
 
-import unicodedata
-from functools import cache
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Bool, Int8, Int32, Int64
 
+from jaxdistill.align.projection.contexts import context_starts
+from jaxdistill.align.projection.memory import Memory
 from jaxdistill.records import TokenSpans
 from jaxdistill.text import Tokenizer
 
-_MOST_TOKENS = 16  # of a context
-_LETTER, _NUMBER, _LINE_END, _SPACE, _SIGN, _INSIDE = range(6)  # _INSIDE: a later byte of a character
-_APOSTROPHE = ord("'")
+_AHEAD = 8  # tokens behind a border that decide what the response itself says there
+_TOGETHER = 256  # texts in one content
+_NEVER_TEXT = (0xFF, 0xFE, 0xC0, 0xC1)  # bytes that UTF-8 has no use for
 
 
-@cache
-def _classes() -> UInt8[np.ndarray, " 1114112"]:
-    """Class of each code point, by its Unicode category."""
-    by_category = {"L": _LETTER, "N": _NUMBER}
-    table = np.full(0x110000, _SIGN, np.uint8)
-    for code in range(0x110000):
-        character = chr(code)
-        if character.isspace():
-            table[code] = _SPACE
-        elif (found := by_category.get(unicodedata.category(character)[0])) is not None:
-            table[code] = found
-    table[[ord("\r"), ord("\n")]] = _LINE_END
-    return table
+class _Context(NamedTuple):
+    """What stands before a border, how much of that is its last token, and what is known to stand behind."""
+
+    before: bytes
+    last: int
+    after: bytes
 
 
-def _byte_classes(data: bytes) -> UInt8[np.ndarray, " _"]:
-    """Class of the character each byte begins; bytes that are no text are signs."""
-    text = data.decode("utf-8", "surrogateescape")
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    stray = (codes >= 0xDC80) & (codes <= 0xDCFF)
-    wide = np.where(stray, 0, codes)
-    widths = 1 + (wide >= 0x80).astype(np.int64) + (wide >= 0x800) + (wide >= 0x10000)
-    classes = np.full(len(data), _INSIDE, np.uint8)
-    classes[np.cumsum(widths) - widths] = _classes()[codes]
-    return classes
-
-
-def _is_start(data: bytes, places: Int64[np.ndarray, " R"], pre_tokenized: bool) -> Bool[np.ndarray, " R"]:
-    """Whether a scan may begin at each byte offset (fact 3 above). Offset 0 always may."""
-    if not data:
-        return np.ones(len(places), bool)
-    kinds = _byte_classes(data)
-    # The class of the character before a place, also where that character has several bytes.
-    lead = np.maximum.accumulate(np.where(kinds != _INSIDE, np.arange(len(kinds)), 0))
-    here = kinds[np.minimum(places, len(data) - 1)]
-    before = kinds[lead[np.maximum(places - 1, 0)]]
-    word = (before == _LETTER) | (before == _NUMBER)
-    behind_word = (here == _SPACE) & (word | (before == _SIGN))
-    if not pre_tokenized:
-        return (places == 0) | behind_word
-    raw = np.frombuffer(b"\0\0\0" + data + b"\0", np.uint8)
-    near = np.stack([raw[places + back] for back in range(3)])  # the three bytes before each place
-    letter = (here == _LETTER) & ~(near == _APOSTROPHE).any(axis=0)
-    number = (here == _NUMBER) & (before != _NUMBER)
-    sign = (here == _SIGN) & word & (raw[places + 3] != _APOSTROPHE)
-    line_end = (here == _LINE_END) & word
-    return (places == 0) | behind_word | letter | number | sign | line_end
+_NO_CONTEXT = _Context(b"", 0, b"")
+_OPEN = 256  # in the place of a last byte: the token before the border depends on what follows
 
 
 class Cuts:
-    """Answers for one pair of vocabularies, remembered across responses.
+    """Answers for one pair of vocabularies, remembered across responses. `identical`: they are the same one.
 
-    `limit` bounds the remembered answers (about 9 bytes each); beyond it they are forgotten and asked anew.
+    `limit` bounds what is remembered, an answer counting one (about 30 bytes) and a context ten; beyond it
+    all is forgotten and asked anew.
     """
 
-    def __init__(self, student: Tokenizer, teacher: Tokenizer, *, limit: int = 20_000_000) -> None:
+    def __init__(self, student: Tokenizer, teacher: Tokenizer, *, limit: int = 10_000_000) -> None:
+        self.identical = student.vocab_fingerprint == teacher.vocab_fingerprint
         self._student = student
-        self._pre_tokenized = student.family == "byte-level"
         self._limit = limit
         vocabulary = teacher.spans(np.arange(teacher.vocab_size, dtype=np.int32))
         self._data, self._starts, self._ends = vocabulary.data, vocabulary.starts, vocabulary.ends
         self._first = np.frombuffer(self._data + b"\0", np.uint8)
-        self._joined = _joined_bytes(student)
+        self._joined = np.append(_joined_bytes(student), np.ones(256, bool))
+        self._lonely = ~self._joined.reshape(257, 256).any(axis=1)
+        ranked = student.token_bytes(np.arange(student.vocab_size, dtype=np.int32))
+        order = sorted((piece, rank) for rank, piece in enumerate(ranked) if piece)
+        self._pieces = [piece for piece, _ in order]
+        self._ranks = np.asarray([rank for _, rank in order], np.int64)
+        unused = [byte for byte in _NEVER_TEXT if byte not in student.missing_bytes]
+        self._separator = bytes(unused[:1])
         self._forget()
 
     def _forget(self) -> None:
-        self._contexts: dict[bytes, int] = {b"": 0}
-        self._last_bytes = [0]
-        self._keys = np.zeros(0, np.int64)
-        self._answers = np.zeros(0, bool)
+        self._contexts: dict[_Context, int] = {_NO_CONTEXT: 0}
+        self._names = [_NO_CONTEXT]  # in the order of their numbers
+        self._beside = array("h", [_OPEN, -1])  # bytes beside each border, -1 where not known
+        self._of_token = np.full(self._student.vocab_size, -1, np.int32)  # contexts of one token
+        self._extensions: dict[bytes, bytes] = {}
+        self._answers = Memory()
 
     def contexts(self, response: TokenSpans) -> Int32[np.ndarray, " R1"]:
         """The context of each border of a student response: before token r, and after the last token.
 
         Context 0 is empty: the start of the response, and behind a role token. Numbers are valid until the
-        next call of this method that exceeds the limit; ask `at` in between.
+        next call of this method that exceeds the limit; use them in between.
         """
-        if len(self._keys) > self._limit:
+        if len(self._answers) + 10 * len(self._contexts) > self._limit:
             self._forget()
-        starts, count = response.starts, len(response)
-        if not count:
-            return np.zeros(1, np.int32)
-        special = response.roles != 0
-        may = _is_start(response.data, starts, self._pre_tokenized) | special
-        may[1:] |= special[:-1]
-        token = np.maximum.accumulate(np.where(may, np.arange(count), 0))
-        begin = starts[np.maximum(token, np.arange(count) - _MOST_TOKENS + 1)]
-        numbers = [0]
-        for low, high in zip(begin.tolist(), response.ends.tolist(), strict=True):
-            numbers.append(self._number(response.data[low:high]))
+        begin = context_starts(response, self._pieces, self._student.family == "byte-level")
+        starts, ends = response.starts, response.ends
+        numbers = np.where(begin == starts, self._of_token[response.ids], -1)
+        for token in np.flatnonzero(numbers < 0).tolist():
+            low, start, end = int(begin[token]), int(starts[token]), int(ends[token])
+            number = self._number(_Context(response.data[low:end], end - start, b"")) if end > low else 0
+            numbers[token] = number
+            if low == start:
+                self._of_token[response.ids[token]] = number
+        return np.concatenate([np.zeros(1, np.int32), numbers.astype(np.int32)])
+
+    def longer(
+        self,
+        contexts: Int32[np.ndarray, " N"],
+        tokens: Int32[np.ndarray, " N"],
+        offsets: Int64[np.ndarray, " N"],
+    ) -> Int32[np.ndarray, " N"]:
+        """The contexts when it is known that a teacher token follows, from `offset` on. The border stays."""
+        numbers = []
+        for number, rest in zip(contexts.tolist(), self._rests(tokens, offsets), strict=True):
+            before, last, after = self._names[number]
+            numbers.append(self._number(_Context(before, last, after + rest)) if number else 0)
         return np.asarray(numbers, np.int32)
 
-    def _number(self, context: bytes) -> int:
+    def _rests(self, tokens: Int32[np.ndarray, " N"], offsets: Int64[np.ndarray, " N"]) -> list[bytes]:
+        places = (self._starts[tokens] + offsets).tolist()
+        return [self._data[p:e] for p, e in zip(places, self._ends[tokens].tolist(), strict=True)]
+
+    def _number(self, context: _Context) -> int:
         number = self._contexts.setdefault(context, len(self._contexts))
-        if number == len(self._last_bytes):
-            self._last_bytes.append(context[-1])
+        if number == len(self._names):
+            self._names.append(context)
+            last = _OPEN if _is_open(context.before) else context.before[-1]
+            self._beside.extend((last, context.after[0] if context.after else -1))
         return number
+
+    def _bytes_beside(self, contexts: Int32[np.ndarray, " N"]) -> Int64[np.ndarray, "2 N"]:
+        return np.array(self._beside).reshape(-1, 2)[contexts].T.astype(np.int64)
+
+    def always(self, contexts: Int32[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
+        """Whether the student cuts at each context's border whatever follows."""
+        before, _ = self._bytes_beside(contexts)
+        return (contexts == 0) | self._lonely[before]
 
     def at(
         self,
         contexts: Int32[np.ndarray, " N"],
         tokens: Int32[np.ndarray, " N"],
         offsets: Int64[np.ndarray, " N"],
-    ) -> Bool[np.ndarray, " N"]:
-        """Whether the student cuts behind each context when a teacher token follows, from `offset` on.
+    ) -> Bool[np.ndarray, "2 N"]:
+        """Whether the student keeps each context's last token when a teacher token follows, from `offset` on.
 
-        True where either is empty: next to a role token there is always a boundary.
+        First if nothing follows the token, then if it goes on in the way most likely to change that; where
+        both are equal they are the answer. True where the context, or all that follows it, is empty: next to
+        a role token there is always a boundary.
         """
         places = self._starts[tokens] + offsets
-        asked = (contexts > 0) & (places < self._ends[tokens])
-        last = np.asarray(self._last_bytes, np.int64)[contexts]
-        asked &= self._joined[last * 256 + self._first[np.minimum(places, len(self._data))]]
-        answers = np.ones(len(contexts), bool)
+        nothing = places >= self._ends[tokens]
+        places[nothing] = len(self._data)
+        before, after = self._bytes_beside(contexts)
+        follows = np.where(after >= 0, after, self._first[places])
+        asked = (contexts > 0) & ((after >= 0) | ~nothing)
+        asked &= self._joined[before * 256 + follows]
+        answers = np.ones((2, len(contexts)), bool)
         at = np.flatnonzero(asked)
         if len(at):
             # A place names the token and the offset at once, and fits in 32 bits.
-            keys, inverse = np.unique((contexts[at].astype(np.int64) << 32) | places[at], return_inverse=True)
-            first = np.zeros(len(keys), np.int64)
-            first[inverse] = at
-            answers[at] = self._look_up(keys, tokens[first])[inverse]
+            found = self._look_up((contexts[at].astype(np.int64) << 32) | places[at], tokens[at])
+            answers[:, at] = np.stack([found & 1, found >> 1])
         return answers
+
+    def known(
+        self, response: TokenSpans, borders: Int64[np.ndarray, " B"], contexts: Int32[np.ndarray, " B"]
+    ) -> Bool[np.ndarray, " B"]:
+        """Whether the student's tokenizer, too, has the token before each of these borders of the response,
+        where what follows is the response itself. A border is the number of tokens before it."""
+        count = len(response)
+        ends = np.concatenate([np.zeros(1, np.int64), response.ends])
+        special = np.where(response.roles != 0, np.arange(count), count)
+        stops = np.append(np.minimum.accumulate(special[::-1])[::-1], count)
+        lasts = np.minimum(borders + _AHEAD, stops[borders])
+        asked = np.flatnonzero((contexts > 0) & (lasts > borders))
+        known = [self._names[number] for number in contexts[asked].tolist()]
+        slices = zip(known, ends[borders[asked]].tolist(), ends[lasts[asked]].tolist(), strict=True)
+        texts = [context.before + response.data[low:high] for context, low, high in slices]
+        kept = np.ones(len(borders), bool)
+        kept[asked] = self._kept(known, texts)
+        return kept
 
     def _look_up(
         self, keys: Int64[np.ndarray, " N"], tokens: Int32[np.ndarray, " N"]
-    ) -> Bool[np.ndarray, " N"]:
-        """Answers to different questions; `keys` are sorted. What is not known yet is asked and kept."""
-        at = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
-        known = self._keys[at] == keys if len(self._keys) else np.zeros(len(keys), bool)
-        new = np.flatnonzero(~known)
-        if len(new):
-            fresh = self._ask(keys[new], tokens[new])
-            merged = np.searchsorted(self._keys, keys[new])
-            self._keys = np.insert(self._keys, merged, keys[new])
-            self._answers = np.insert(self._answers, merged, fresh)
-        return self._answers[np.searchsorted(self._keys, keys)]
+    ) -> Int8[np.ndarray, " N"]:
+        """Answers to questions; what is not known yet is asked and kept."""
+        values = self._answers.get(keys)
+        unknown = np.flatnonzero(values < 0)
+        if len(unknown):
+            new, first, inverse = np.unique(keys[unknown], return_index=True, return_inverse=True)
+            fresh = self._ask(new, tokens[unknown[first]])
+            self._answers.put(new, fresh)
+            values[unknown] = fresh[inverse]
+        return values
 
-    def _ask(self, keys: Int64[np.ndarray, " N"], tokens: Int32[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
-        """Encodes each context with its bytes behind it, in one threaded call."""
-        names = list(self._contexts)  # in the order of their numbers
-        before = [names[number] for number in (keys >> 32).tolist()]
-        places = (keys & 0xFFFFFFFF).tolist()
-        ends = self._ends[tokens].tolist()
-        texts = [c + self._data[p:e] for c, p, e in zip(before, places, ends, strict=True)]
-        encoded = self._student.encode_batch(texts)
-        return np.fromiter(
-            (len(c) in spans.ends for c, spans in zip(before, encoded, strict=True)), bool, len(texts)
-        )
+    def _ask(self, keys: Int64[np.ndarray, " N"], tokens: Int32[np.ndarray, " N"]) -> Int8[np.ndarray, " N"]:
+        """Encodes each context with its bytes behind it: 1 for a boundary alone, and 2 for one going on."""
+        rests = self._rests(tokens, (keys & 0xFFFFFFFF) - self._starts[tokens])
+        names = [self._names[number] for number in (keys >> 32).tolist()]
+        texts = [name.before + name.after + rest for name, rest in zip(names, rests, strict=True)]
+        alone = self._kept(names, texts)
+        rows, longer = [], []
+        for row, (name, text, rest) in enumerate(zip(names, texts, rests, strict=True)):
+            if rest and (more := self._going_on(text, len(name.before), bool(alone[row]))):
+                rows.append(row)
+                longer.append(more)
+        going_on = alone.copy()
+        going_on[rows] = self._kept([names[row] for row in rows], longer)
+        return (alone + 2 * going_on).astype(np.int8)
+
+    def _going_on(self, text: bytes, place: int, is_cut: bool) -> bytes:
+        """The text and behind it what most readily turns the answer (see above); b"" if there is nothing."""
+        if is_cut and (found := self._first_longer(text)):
+            return found
+        if not is_cut and _ends_in_space(text):
+            return text + b"a"
+        after = text[place:]
+        if after not in self._extensions:
+            self._extensions[after] = self._first_longer(after)
+        return text[:place] + self._extensions[after] if self._extensions[after] else b""
+
+    def _first_longer(self, prefix: bytes) -> bytes:
+        low = bisect_right(self._pieces, prefix)
+        high = bisect_left(self._pieces, prefix + b"\xff" * 8, lo=low)
+        return self._pieces[low + int(self._ranks[low:high].argmin())] if high > low else b""
+
+    def _kept(self, contexts: Sequence[_Context], texts: Sequence[bytes]) -> Bool[np.ndarray, " N"]:
+        """Whether the student keeps each context's last token in its text, all in one threaded call.
+
+        Texts are put together with a byte between them that is no text: what stands between two such bytes
+        is encoded by itself, and far fewer contents cost far less.
+        """
+        together = _TOGETHER if self._separator else 1
+        groups = [range(low, min(low + together, len(texts))) for low in range(0, len(texts), together)]
+        contents = [self._separator.join([texts[i] for i in group]) for group in groups]
+        kept = np.zeros(len(texts), bool)
+        for group, content, spans in zip(groups, contents, self._student.encode_batch(contents), strict=True):
+            if spans.data != content and len(group) > 1:  # bytes without a token are left out: places move
+                for i, one in zip(group, self._student.encode_batch([texts[i] for i in group]), strict=True):
+                    kept[i] = _is_token(contexts[i : i + 1], np.zeros(1, np.int64), one)[0]
+                continue
+            lengths = np.asarray([len(texts[i]) + len(self._separator) for i in group], np.int64)
+            own = contexts[group.start : group.stop]
+            kept[group.start : group.stop] = _is_token(own, np.cumsum(lengths) - lengths, spans)
+        return kept
+
+
+def _is_open(before: bytes) -> bool:
+    """Whether bytes end in white space or inside a character."""
+    for back, byte in enumerate(reversed(before[-3:]), start=1):
+        if byte >= 0xC0:
+            return back < 2 + (byte >= 0xE0) + (byte >= 0xF0)
+        if byte < 0x80:
+            break
+    return _ends_in_space(before)
+
+
+def _ends_in_space(data: bytes) -> bool:
+    return data[-4:].decode("utf-8", "ignore")[-1:].isspace()
+
+
+def _is_token(
+    contexts: Sequence[_Context], offsets: Int64[np.ndarray, " N"], spans: TokenSpans
+) -> Bool[np.ndarray, " N"]:
+    """Whether the last token of each context is a token of the spans, where its text begins at an offset."""
+    ends = np.concatenate([np.zeros(1, np.int64), spans.ends])
+    last = offsets + np.asarray([len(context.before) for context in contexts], np.int64)
+    first = last - np.asarray([context.last for context in contexts], np.int64)
+    at = np.minimum(np.searchsorted(ends, last), len(ends) - 1)
+    return (ends[at] == last) & (ends[np.maximum(at - 1, 0)] == first)
 
 
 def _joined_bytes(tokenizer: Tokenizer) -> Bool[np.ndarray, " 65536"]:

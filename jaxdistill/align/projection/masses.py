@@ -1,19 +1,43 @@
 """V(e) and M(e) = V(e) * kappa(e) at every student border, summed over the teacher's top-k.
 
-With P(j) the probability of the scored path before teacher token j, which begins at symbol b_j, and v a token
-proposed there:
+What is asked for: with h the student tokens up to byte e, V(e) is the probability that the teacher's string
+begins with these bytes, M(h) that its student segmentation begins with h. Every such string has one first
+teacher token that reaches e. With P(j) the probability of the scored path before teacher token j, which
+begins at symbol b_j, and v a token proposed there,
 
-    V(e)     = sum of P(j) p(v) over j with b_j < e and v that agrees with the response up to e
+    V(e)     = sum of P(j) p(v) over j with b_j < e and v that agrees with the response up to e, and reaches e
     M(e)     = the same sum, each term times the share of what follows v that keeps a student boundary at e
 
-That share is 0 or 1 where v reaches beyond e (its own bytes follow e); where v ends at e and the path has a
-token border there, it is the share of that position's next tokens; where it does not, what follows is not
-known: such terms count as cut, and `guessed` says how much of M rests on them. V = kappa = 1 at the start.
-The sampled token counts at its sampled log-probability also where it is not among the top-k. Everything
-stays in logarithms, and V never grows along the response.
+and that share, kappa of the term, is known as far as what follows v is known:
+
+- v is the path's own token. What follows is the rest of it behind e, and then what the teacher proposes at
+  the next position: the share of these next tokens w behind which the student cuts, given the rest of v and w
+  (of the tokens seen; of the unseen nothing is known). Where the rest of v decides alone, no w is asked. The
+  response itself goes on with its own next token, and whether the student cuts there is known from the
+  response: it counts so, whatever lies behind it.
+- v is another token that reaches beyond e. Its own bytes follow e, then nothing is known. If they decide, the
+  share is 0 or 1.
+- v is another token that ends at e. Nothing behind it is scored. If no student token holds the byte before e
+  with any other behind it, the share is 1; else it is not known.
+
+`Cuts.at` says what decides. An undecided continuation counts `_UNDECIDED` if v reaches beyond e, and as one
+that is kept if v ends there: where one tokenizer ends a token, the other mostly does too. Terms of less than
+`_LEAST` of a border's mass, and next tokens of less probability than that, are not asked and count as kept.
+`guessed` says how far all this can go: it is 1 - least / most, with M once as if none of the unknown were a
+boundary and once as if all were. So (1 - guessed) * M and M / (1 - guessed) enclose the seen part of M.
+
+Two things are not in V: tokens beyond the top-k (`unseen`), and other tokens that the response goes on from
+but that end before e (`shorter`), since what the teacher would write behind them was not scored. Both are
+given at the position whose token holds e. At earlier positions they would have to lead over a token border
+of the path, which a canonical teacher does only where later bytes change its cut: taken as nothing.
+
+Where the student's tokenizer would cut the response as it is cut up to e, M(e) is at least the probability of
+the whole path: log M is finite, whatever the top-k. On other cuts no string keeps h, and -inf can be true.
+Where both sides have one tokenizer, M is the path's own probability: the response's tokens are the teacher's.
+V = kappa = 1 at the start. Everything stays in logarithms, and V never grows along the response.
 
 Letters: R student tokens, S teacher tokens, K proposals at each, J = K + 1 proposals with the sampled token,
-E borders, Q pairs of a proposal and a border it reaches.
+E borders, Q pairs of a proposal and a border it reaches, N continuations asked for.
 """
 
 from dataclasses import dataclass
@@ -26,6 +50,10 @@ from jaxdistill.align.projection.proposals import Symbols, agree, symbols_of
 from jaxdistill.errors import TeacherContractError
 from jaxdistill.records import Alignment, TeacherScores, TokenSpans
 
+_UNDECIDED = 0.5
+_ENDED = 1.0
+_LEAST = 1e-4
+
 
 @dataclass(frozen=True)
 class Borders:
@@ -33,10 +61,11 @@ class Borders:
 
     `before[r]` and `after[r]` are the borders of student token r, -1 for a token that is not aligned, so that
     log p(token r | history) = log_m[after[r]] - log_m[before[r]]. `log_v` and `log_m` count what the top-k
-    show. `unseen` is the share of next-token probability beyond the top-k at the position whose token holds
-    the border, `next_unseen` at the position that begins there (NaN where none does). `guessed` is the share
-    of M for which it is not known what follows. `log_m` is -inf where nothing seen keeps the student's
-    boundary: then V(e) * unseen is all that is left.
+    show. `guessed` is the share of M that rests on what is not known to follow (see above). Of next-token
+    probability at the position whose token holds the border, `unseen` is the share beyond the top-k and
+    `shorter` that of other tokens that agree and end before the border; `next_unseen` is the share beyond the
+    top-k at the position behind it, whose tokens decide what follows (NaN behind the last). `log_m` is -inf
+    where nothing seen keeps the student's boundary: then V(e) * unseen is all that is left.
     """
 
     before: Int32[np.ndarray, " R"]
@@ -44,18 +73,39 @@ class Borders:
     log_v: Float64[np.ndarray, " E"]
     log_m: Float64[np.ndarray, " E"]
     unseen: Float64[np.ndarray, " E"]
+    shorter: Float64[np.ndarray, " E"]
     next_unseen: Float64[np.ndarray, " E"]
     guessed: Float64[np.ndarray, " E"]
 
 
 @dataclass(frozen=True)
 class _Places:
-    """The borders: teacher symbol offsets (rising) and the student's context at each."""
+    """The borders, rising: teacher symbol offsets, how many student tokens stand before, and the context."""
 
     before: Int32[np.ndarray, " R"]
     after: Int32[np.ndarray, " R"]
     offsets: Int64[np.ndarray, " E"]
+    tokens: Int64[np.ndarray, " E"]
     contexts: Int32[np.ndarray, " E"]
+
+
+@dataclass(frozen=True)
+class _Proposals:
+    """Top-k with the sampled token: its column at each position, and the probability beyond them all."""
+
+    ids: Int32[np.ndarray, "S J"]
+    logprobs: Float64[np.ndarray, "S J"]
+    sampled: Int64[np.ndarray, " S"]
+    unseen: Float64[np.ndarray, " S"]
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """What of each term or border is kept: as far as known at least and at most, and as it counts."""
+
+    least: Float64[np.ndarray, " _"]
+    most: Float64[np.ndarray, " _"]
+    value: Float64[np.ndarray, " _"]
 
 
 def _places(student: TokenSpans, teacher: Symbols, alignment: Alignment, cuts: Cuts) -> _Places:
@@ -78,13 +128,12 @@ def _places(student: TokenSpans, teacher: Symbols, alignment: Alignment, cuts: C
     unique, inverse = np.unique(keys, return_inverse=True)
     before, after = (np.full(len(student), -1, np.int32) for _ in range(2))
     before[tokens], after[tokens] = inverse[: len(tokens)], inverse[len(tokens) :]
-    return _Places(before, after, unique // width, cuts.contexts(student)[unique % width])
+    count = unique % width
+    return _Places(before, after, unique // width, count, cuts.contexts(student)[count])
 
 
-def _with_sampled(
-    scores: TeacherScores,
-) -> tuple[Int32[np.ndarray, "S J"], Float64[np.ndarray, "S J"], Float64[np.ndarray, " S"]]:
-    """Top-k with the sampled token added where it is missing, and the probability beyond both."""
+def _with_sampled(scores: TeacherScores) -> _Proposals:
+    """Top-k with the sampled token added where it is missing."""
     ids, logprobs = scores.topk_ids, scores.topk_logprobs
     if ids is None or logprobs is None or ids.shape != logprobs.shape or len(ids) != len(scores.response):
         raise TeacherContractError(
@@ -98,7 +147,38 @@ def _with_sampled(
     all_logprobs = np.concatenate([padded, extra], axis=1)
     all_ids = np.concatenate([ids, np.where(missing, sampled, -1)], axis=1).astype(np.int32)
     unseen = np.clip(1.0 - np.exp(all_logprobs).sum(axis=1), 0.0, 1.0)
-    return all_ids, all_logprobs, unseen
+    return _Proposals(all_ids, all_logprobs, (all_ids == sampled).argmax(axis=1), unseen)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The sum's terms: Q pairs of a proposal and a border it reaches."""
+
+    border: Int64[np.ndarray, " Q"]
+    token: Int32[np.ndarray, " Q"]
+    offset: Int64[np.ndarray, " Q"]  # of the border in the token
+    weight: Float64[np.ndarray, " Q"]  # log P(j) p(v)
+    own: Bool[np.ndarray, " Q"]  # the path's own token
+
+
+def _terms(
+    places: _Places,
+    response: Symbols,
+    proposals: _Proposals,
+    agreed: Int32[np.ndarray, "S J"],
+    weights: Float64[np.ndarray, "S J"],
+) -> _Terms:
+    ids = proposals.ids
+    begin = np.broadcast_to(response.starts[:-1, None], ids.shape)
+    chosen = np.flatnonzero((agreed > 0) & np.isfinite(weights))
+    begin, token = begin.reshape(-1)[chosen], ids.reshape(-1)[chosen]
+    low = np.searchsorted(places.offsets, begin, side="right")
+    high = np.searchsorted(places.offsets, begin + agreed.reshape(-1)[chosen], side="right")
+    counts = high - low
+    border = np.repeat(low - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
+    own = (np.arange(ids.shape[1]) == proposals.sampled[:, None]).reshape(-1)[chosen]
+    token, weight, own = (np.repeat(x, counts) for x in (token, weights.reshape(-1)[chosen], own))
+    return _Terms(border, token, places.offsets[border] - np.repeat(begin, counts), weight, own)
 
 
 def border_masses(
@@ -113,78 +193,142 @@ def border_masses(
     Linear in S * K and in the bytes on which proposals agree. Raises TeacherContractError without a top-k for
     each teacher token.
     """
-    ids, logprobs, unseen = _with_sampled(scores)
+    proposals = _with_sampled(scores)
     response = symbols_of(scores.response)
     places = _places(student, response, alignment, cuts)
-    agreed = agree(vocabulary, ids, response).agreed
+    agreed = agree(vocabulary, proposals.ids, response).agreed
     path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
-    weights = path[:-1, None] + logprobs
-    begin = np.broadcast_to(response.starts[:-1, None], ids.shape)
-    chosen = np.flatnonzero((agreed > 0) & np.isfinite(weights))
-    begin, token = begin.reshape(-1)[chosen], ids.reshape(-1)[chosen]
-    low = np.searchsorted(places.offsets, begin, side="right")
-    high = np.searchsorted(places.offsets, begin + agreed.reshape(-1)[chosen], side="right")
-    counts = high - low
-    border = np.repeat(low - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-    token, weight = np.repeat(token, counts), np.repeat(weights.reshape(-1)[chosen], counts)
-    offset = places.offsets[border] - np.repeat(begin, counts)
-    ends_here = offset == np.diff(vocabulary.starts)[token]
-    share, known = _next_shares(places, response, ids, logprobs, cuts)
-    factor = np.where(ends_here, share[border], 1.0)
-    beyond = np.flatnonzero(~ends_here)
-    factor[beyond] = cuts.at(places.contexts[border[beyond]], token[beyond], offset[beyond])
-    log_v = _log_sums(weight, border, len(share))
+    terms = _terms(places, response, proposals, agreed, path[:-1, None] + proposals.logprobs)
+    count = len(places.offsets)
+    log_v = _log_sums(terms.weight, terms.border, count)
+    if cuts.identical:
+        alone = terms.own.astype(np.float64)
+        shares = _Shares(alone, alone, alone)
+    else:
+        path_shares = _path_shares(student, places, response, proposals, cuts)
+        shares = _term_shares(terms, places, vocabulary, path_shares, log_v, cuts)
     with np.errstate(divide="ignore"):
-        log_m = _log_sums(weight + np.log(factor), border, len(share))
-        blind = np.where(ends_here & ~known[border], weight, -np.inf)
-        guess = _log_sums(blind, border, len(share))
+        least, most, log_m = (
+            _log_sums(terms.weight + np.log(share), terms.border, count)
+            for share in (shares.least, shares.most, shares.value)
+        )
     start = places.offsets == 0
-    log_v[start], log_m[start] = 0.0, 0.0
-    holder = np.clip(np.searchsorted(response.starts, places.offsets) - 1, 0, max(len(unseen) - 1, 0))
-    on_path = np.searchsorted(response.starts, places.offsets)
-    follows = np.append(unseen, np.nan)[on_path]
+    log_v[start], log_m[start], least[start], most[start] = 0.0, 0.0, 0.0, 0.0
+    known = np.exp(np.where(np.isfinite(most), least - np.where(np.isfinite(most), most, 0.0), 0.0))
+    holder = np.searchsorted(response.starts, places.offsets) - 1
+    behind = np.append(proposals.unseen, np.nan)[holder + 1]
     return Borders(
         places.before,
         places.after,
         log_v,
         log_m,
-        np.where(start, 0.0, unseen[holder]) if len(unseen) else np.zeros(len(share)),
-        np.where(response.starts[on_path] == places.offsets, follows, np.nan),
-        np.where(
-            np.isfinite(log_m), np.exp(np.minimum(guess - np.where(np.isfinite(log_m), log_m, 0.0), 0.0)), 0.0
-        ),
+        np.where(start, 0.0, np.append(proposals.unseen, 0.0)[holder]),
+        _shorter(places, vocabulary, response, proposals, agreed, holder),
+        behind,
+        np.clip(1.0 - known, 0.0, 1.0),
     )
 
 
-def _next_shares(
+def _term_shares(
+    terms: _Terms,
     places: _Places,
-    response: Symbols,
-    ids: Int32[np.ndarray, "S J"],
-    logprobs: Float64[np.ndarray, "S J"],
+    vocabulary: Symbols,
+    path: _Shares,
+    log_v: Float64[np.ndarray, " E"],
     cuts: Cuts,
-) -> tuple[Float64[np.ndarray, " E"], Bool[np.ndarray, " E"]]:
-    """kappa where a teacher token ends: the share of the next tokens seen behind which the student cuts.
+) -> _Shares:
+    """kappa of each term: the path's own tokens as `path` says, others by what is known of their bytes."""
+    border = terms.border
+    least, most, value = (
+        np.where(terms.own, share[border], 1.0) for share in (path.least, path.most, path.value)
+    )
+    ends_here = terms.offset == np.diff(vocabulary.starts)[terms.token]
+    large = terms.weight > log_v[border] + np.log(_LEAST)
+    # Unknown as long as nobody says otherwise.
+    unknown = ~terms.own & ~cuts.always(places.contexts)[border]
+    least[unknown] = 0.0
+    value[unknown] = _ENDED
+    asked = np.flatnonzero(~terms.own & ~ends_here & large)
+    alone, going_on = cuts.at(places.contexts[border[asked]], terms.token[asked], terms.offset[asked])
+    least[asked] = alone & going_on
+    most[asked] = alone | going_on
+    value[asked] = np.where(alone == going_on, alone, _UNDECIDED)
+    return _Shares(least, most, value)
 
-    The second result says where that is known: at token borders of the path that have a next token, and at
-    contexts behind a role token, where there is always a boundary.
-    """
-    position = np.searchsorted(response.starts, places.offsets)
-    on_path = (response.starts[position] == places.offsets) & (position < len(ids))
-    share = np.ones(len(places.offsets))
-    at = np.flatnonzero(on_path)
+
+def _path_shares(
+    student: TokenSpans, places: _Places, response: Symbols, proposals: _Proposals, cuts: Cuts
+) -> _Shares:
+    """kappa of the path's own token that holds each border."""
+    count, last = len(places.offsets), len(proposals.ids) - 1
+    least, most, value = np.ones(count), np.ones(count), np.ones(count)
+    holder = np.searchsorted(response.starts, places.offsets) - 1
+    token = proposals.ids[holder, proposals.sampled[holder]] if last >= 0 else np.zeros(count, np.int32)
+    offset = places.offsets - response.starts[holder]
+    rest = places.offsets < response.starts[holder + 1]
+    alone, going_on = cuts.at(places.contexts, token, offset)
+    open_ = (places.offsets > 0) & ~cuts.always(places.contexts) & ~(rest & alone & going_on)
+    # Behind the last token nothing is known.
+    least[open_ & (holder == last)] = 0.0
+    at = np.flatnonzero(open_ & (holder < last))
     if len(at):
-        width = ids.shape[1]
-        following = ids[position[at]].reshape(-1)
-        probability = np.exp(logprobs[position[at]]).reshape(-1)
-        usable = np.flatnonzero((following >= 0) & (probability > 0))
-        kept = np.zeros(len(following))
-        kept[usable] = cuts.at(
-            np.repeat(places.contexts[at], width)[usable], following[usable], np.zeros(len(usable), np.int64)
-        )
-        seen = probability.reshape(-1, width).sum(axis=1)
-        kept = (kept * probability).reshape(-1, width).sum(axis=1)
-        share[at] = np.where(seen > 0, kept / np.where(seen > 0, seen, 1.0), 1.0)
-    return share, on_path | (places.contexts == 0)
+        longer = places.contexts[at]
+        longer[rest[at]] = cuts.longer(longer[rest[at]], token[at][rest[at]], offset[at][rest[at]])
+        found = _next_shares(longer, proposals, holder[at] + 1, student, places, at, cuts)
+        least[at], most[at], value[at] = found.least, found.most, found.value
+    return _Shares(least, most, value)
+
+
+def _next_shares(
+    contexts: Int32[np.ndarray, " N"],
+    proposals: _Proposals,
+    position: Int64[np.ndarray, " N"],
+    student: TokenSpans,
+    places: _Places,
+    border: Int64[np.ndarray, " N"],
+    cuts: Cuts,
+) -> _Shares:
+    """The share of the tokens seen at each position behind which the student cuts at a border.
+
+    `contexts` are those of the borders with the rest of the path's own token. Where the response's own next
+    token does not decide, the response does.
+    """
+    ids, probability = proposals.ids[position], np.exp(proposals.logprobs[position])
+    sampled, rows = proposals.sampled[position], np.arange(len(position))
+    alone, going_on = np.zeros(ids.shape, bool), np.ones(ids.shape, bool)
+    asked = (ids >= 0) & (probability > _LEAST)
+    asked[rows, sampled] = True
+    at = np.nonzero(asked)
+    alone[at], going_on[at] = cuts.at(contexts[at[0]], ids[at], np.zeros(len(at[0]), np.int64))
+    value = np.where(asked & (alone != going_on), _UNDECIDED, alone | going_on)
+    own = np.flatnonzero(~(alone & going_on)[rows, sampled])
+    own = own[cuts.known(student, places.tokens[border[own]], places.contexts[border[own]])]
+    going_on[own, sampled[own]], value[own, sampled[own]] = True, 1.0
+    # The sampled token counts even where its probability is so small that it is none in float32.
+    probability[rows, sampled] = np.maximum(probability[rows, sampled], np.finfo(np.float64).tiny)
+    seen = probability.sum(axis=1)
+    least, most, value = (
+        (probability * share).sum(axis=1) / seen for share in (alone & going_on, alone | going_on, value)
+    )
+    return _Shares(least, most, value)
+
+
+def _shorter(
+    places: _Places,
+    vocabulary: Symbols,
+    response: Symbols,
+    proposals: _Proposals,
+    agreed: Int32[np.ndarray, "S J"],
+    holder: Int64[np.ndarray, " E"],
+) -> Float64[np.ndarray, " E"]:
+    """Probability of other tokens at the holder's position that agree and end before the border."""
+    if not len(proposals.ids):
+        return np.zeros(len(holder))
+    ids = proposals.ids[holder]
+    whole = (ids >= 0) & (agreed[holder] == np.diff(vocabulary.starts)[ids])
+    before = agreed[holder] < (places.offsets - response.starts[holder])[:, None]
+    shares = np.where(whole & before, np.exp(proposals.logprobs[holder]), 0.0).sum(axis=1)
+    return np.where(places.offsets > 0, np.minimum(shares, 1.0), 0.0)
 
 
 def _log_sums(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from jaxdistill.records import ROLES
+from jaxdistill.records import ROLE_NAMES
 from jaxdistill.text import Tokenizer
 
 
@@ -20,8 +20,8 @@ from jaxdistill.text import Tokenizer
 class Segmentation:
     """Teacher token v is `ids[starts[v]:starts[v + 1]]` in student tokens.
 
-    A role token is the student's token of the same role; a token the student has no counterpart for (another
-    special token, or a role it does not know) is empty.
+    A token that plays a role, also a second end of turn, is the student's token of that role; a token the
+    student has no counterpart for (another special token, or a role it does not know) is empty.
     """
 
     ids: Int32[np.ndarray, " N"]
@@ -32,13 +32,21 @@ class Segmentation:
         return self.ids[self.starts[token] : self.starts[token + 1]]
 
 
+def _special_ids(tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Every id that is no content, with its role's number: a model may have several that end a turn."""
+    roles = tokenizer.spans(np.arange(tokenizer.vocab_size, dtype=np.int32)).roles
+    at = np.flatnonzero(roles)
+    return list(zip(at.tolist(), roles[at].tolist(), strict=True))
+
+
 def segment_vocabulary(student: Tokenizer, teacher: Tokenizer) -> Segmentation:
     """Builds the table with one threaded call of the student's tokenizer (about two seconds for 150,000
     tokens; about 1.5 MB)."""
     pieces = teacher.token_bytes(np.arange(teacher.vocab_size, dtype=np.int32))
     rows = [spans.ids for spans in student.encode_batch(pieces)]
-    for role, index in teacher.roles.items():
-        rows[index] = np.asarray([student.roles[role]] if role in student.roles else [], np.int32)
+    for index, role in _special_ids(teacher):
+        mine = student.roles.get(ROLE_NAMES.get(role, ""))
+        rows[index] = np.asarray([] if mine is None else [mine], np.int32)
     starts = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=starts[1:])
     return Segmentation(np.concatenate([np.zeros(0, np.int32), *rows]), starts)
@@ -47,10 +55,10 @@ def segment_vocabulary(student: Tokenizer, teacher: Tokenizer) -> Segmentation:
 def load_segmentation(student: Tokenizer, teacher: Tokenizer, folder: Path) -> Segmentation:
     """The table from a cache folder, built and put there at the first call for this pair.
 
-    Its file is named by what decides it: both vocabularies and the tokens of the roles. A file that is not
-    readable is built anew.
+    Its file is named by what decides it: both vocabularies and the tokens that play a role. A file that is
+    not readable is built anew.
     """
-    roles = [side.roles.get(role, -1) for side in (student, teacher) for role in ROLES]
+    roles = [sorted(student.roles.items()), [pair for pair in _special_ids(teacher) if pair[1] in ROLE_NAMES]]
     identity = f"{student.vocab_fingerprint} {teacher.vocab_fingerprint} {roles}"
     file = folder / f"segmentation-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     try:

@@ -1,0 +1,109 @@
+"""CPU seconds of projecting a teacher's top-k: a first batch, the same again, and a next one.
+
+`python benchmarks/projection.py STUDENT TEACHER [--responses 64]` (folders with tokenizer.json)
+
+No model runs here, so proposals are made up in two ways. "followers": what followed the same teacher token in
+other text of the corpus, most often first, which is how alike a model's proposals are from batch to batch.
+"near": half of them are neighbours of the response's own token in the sorted vocabulary, half any tokens, all
+with noticeable probability: hardly any question comes twice, the worst case for what is remembered.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter
+
+import numpy as np
+from align import stream
+
+from jaxdistill.align import align
+from jaxdistill.align.projection import Cuts, border_masses, vocabulary_symbols
+from jaxdistill.records import TeacherScores, TokenSpans
+from jaxdistill.text import Tokenizer
+
+LENGTH, PROPOSALS, SHARE = 2_048, 16, 0.98
+
+
+class Followers:
+    """Proposals by how often a token followed another in text of the same kind."""
+
+    def __init__(self, student: Tokenizer, teacher: Tokenizer) -> None:
+        self._after: dict[int, Counter[int]] = {}
+        for seed in range(5_000, 5_040):
+            ids = teacher.encode(stream(student, LENGTH, seed).data).ids.tolist()
+            for before, token in zip([-1, *ids], ids, strict=False):
+                self._after.setdefault(before, Counter())[token] += 1
+
+    def __call__(self, response: TokenSpans) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.full((len(response), PROPOSALS), -1, np.int32)
+        weights = np.full(ids.shape, 1e-9)
+        for row, (before, own) in enumerate(
+            zip([-1, *response.ids.tolist()], response.ids.tolist(), strict=False)
+        ):
+            found = self._after.get(before, Counter()).most_common(PROPOSALS)
+            others = [(token, count) for token, count in found if token != own][: PROPOSALS - 1]
+            ids[row, 0], ids[row, 1 : 1 + len(others)] = own, [token for token, _ in others]
+            weights[row, 1 : 1 + len(others)] = [count for _, count in others]
+            weights[row, 0] = max(1.0, 2.0 * weights[row, 1:].sum())
+        return ids, weights
+
+
+class Near:
+    """Proposals that share bytes with the response's own token, and any others."""
+
+    def __init__(self, teacher: Tokenizer) -> None:
+        pieces = teacher.token_bytes(np.arange(teacher.vocab_size, dtype=np.int32))
+        self._order = np.asarray(sorted(range(len(pieces)), key=pieces.__getitem__), np.int32)
+        self._rank = np.argsort(self._order)
+        self._random = np.random.default_rng(0)
+
+    def __call__(self, response: TokenSpans) -> tuple[np.ndarray, np.ndarray]:
+        size, random = len(self._order), self._random
+        steps = random.permuted(np.tile(np.r_[-12:0, 1:13], (len(response), 1)), axis=1)[
+            :, : PROPOSALS // 2 - 1
+        ]
+        near = self._order[(self._rank[response.ids][:, None] + steps) % size]
+        any_id = random.integers(0, size, (len(response), PROPOSALS // 2)).astype(np.int32)
+        weights = np.exp(random.gumbel(size=(len(response), PROPOSALS)))
+        weights[:, 0] *= 20
+        return np.concatenate([response.ids[:, None], near, any_id], axis=1), weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("student")
+    parser.add_argument("teacher")
+    parser.add_argument("--responses", type=int, default=64)
+    options = parser.parse_args()
+    student, teacher = Tokenizer.load(options.student), Tokenizer.load(options.teacher)
+    vocabulary = vocabulary_symbols(teacher)
+    for name, propose in (("followers", Followers(student, teacher)), ("near", Near(teacher))):
+        cuts, batches = Cuts(student, teacher), []
+        for first in (0, options.responses):
+            rows = [stream(student, LENGTH, first + seed) for seed in range(options.responses)]
+            begin = time.process_time()
+            read = teacher.encode_batch([row.data for row in rows])
+            encoding = time.process_time() - begin
+            batch = []
+            for row, scored in zip(rows, read, strict=True):
+                ids, weights = propose(scored)
+                probabilities = weights / weights.sum(axis=1, keepdims=True) * SHARE
+                logprobs = np.where(ids < 0, -np.inf, np.log(probabilities)).astype(np.float32)
+                scores = TeacherScores(scored, logprobs[:, 0], "made up", "0", ids, logprobs)
+                batch.append((row, scores, align(row, scored)))
+            batches.append(batch)
+        for when, batch in (("first", batches[0]), ("again", batches[0]), ("next", batches[1])):
+            begin = time.process_time()
+            found = [border_masses(*row, vocabulary, cuts) for row in batch]
+            seconds = time.process_time() - begin
+            log_p = np.concatenate([one.log_m[one.after] - one.log_m[one.before] for one in found])
+            guessed = np.concatenate([one.guessed[one.after] for one in found])
+            figures = {"proposals": name, "batch": when, "cpu_seconds": round(seconds, 2)}
+            figures |= {"teacher_encoding": round(encoding, 2), "guessed": round(float(guessed.mean()), 4)}
+            print(json.dumps({**figures, "above_one": float((log_p > 1e-3).mean())}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Teacher masses at student borders, against enumeration and against what must hold of any."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdistill.align import align
+from jaxdistill.align.projection import Borders, Cuts, border_masses, vocabulary_symbols
+from jaxdistill.errors import TeacherContractError
+from jaxdistill.records import TeacherScores, TokenSpans
+from jaxdistill.text import Tokenizer, concatenate
+
+Make = Callable[..., Tokenizer]
+Table = dict[tuple[int, ...], dict[int, float]]
+WORDS = ("Tom", " has", " 12", "3", "\n", "\n\n", "  ", " ", "don't", "(", "(caf", "\u00fcr", "\u4f60\u597d")
+TEXT = st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=12).map("".join)
+SPACE = "\u0120"  # as byte-level BPE writes it
+# The last space of a run belongs to a word behind it.
+SPACED = r" ?[^\s]+|\s+(?!\S)|\s+"
+
+
+class World:
+    """Strings that can all be counted, and a teacher that is a table over its own cuts of them."""
+
+    def __init__(self, student: Tokenizer, teacher: Tokenizer, strings: Sequence[str], seed: int) -> None:
+        self.student, self.teacher, self.strings = student, teacher, strings
+        self.mine = {text: tuple(student.encode(text).ids.tolist()) for text in strings}
+        self.theirs = {text: tuple(teacher.encode(text).ids.tolist()) for text in strings}
+        self.table = self._table(np.random.default_rng(seed))
+        self.path = {t: [self.table[i[:n]][i[n]] for n in range(len(i))] for t, i in self.theirs.items()}
+        self.by_history: dict[tuple[int, ...], float] = {}
+        self.by_prefix: dict[str, float] = {}
+        for text in strings:
+            probability = float(np.prod(self.path[text]))
+            for index in range(len(self.mine[text]) + 1):
+                history = self.mine[text][:index]
+                self.by_history[history] = self.by_history.get(history, 0.0) + probability
+            for index in range(len(text) + 1):
+                self.by_prefix[text[:index]] = self.by_prefix.get(text[:index], 0.0) + probability
+        self._cuts, self._vocabulary = Cuts(student, teacher), vocabulary_symbols(teacher)
+
+    def _table(self, random: np.random.Generator) -> Table:
+        """Next-token probabilities after each history of the teacher's cuts."""
+        after: dict[tuple[int, ...], set[int]] = {}
+        for ids in self.theirs.values():
+            for index in range(len(ids)):
+                after.setdefault(ids[:index], set()).add(ids[index])
+        table = {}
+        for history, choices in after.items():
+            weights = np.exp(2 * random.normal(size=len(choices)))
+            table[history] = dict(zip(sorted(choices), (weights / weights.sum()).tolist(), strict=True))
+        return table
+
+    def scores(self, text: str, most: int | None = None) -> TeacherScores:
+        """The table's row at each position of a string, or its `most` likeliest entries."""
+        ids = self.theirs[text]
+        width = most or max(len(choices) for choices in self.table.values())
+        topk = np.full((len(ids), width), -1, np.int32)
+        logprobs = np.full((len(ids), width), -np.inf, np.float32)
+        for index in range(len(ids)):
+            choices = sorted(self.table[ids[:index]].items(), key=lambda choice: -choice[1])[:width]
+            topk[index, : len(choices)] = [token for token, _ in choices]
+            logprobs[index, : len(choices)] = np.log([probability for _, probability in choices])
+        sampled = np.log(self.path[text]).astype(np.float32)
+        return TeacherScores(self.teacher.encode(text), sampled, "t", "0", topk, logprobs)
+
+    def masses(self, text: str, most: int | None = None) -> Borders:
+        response, scores = self.student.encode(text), self.scores(text, most)
+        return border_masses(response, scores, align(response, scores.response), self._vocabulary, self._cuts)
+
+    def log_m(self, text: str) -> np.ndarray:
+        """The truth behind each student token."""
+        ids = self.mine[text]
+        return np.log([self.by_history[ids[: index + 1]] for index in range(len(ids))])
+
+
+def pieces(bpe: Make, size: int) -> Tokenizer:
+    """Cuts runs of digits from the left into pieces of at most `size` digits."""
+    runs = ["".join(p) for n in range(2, size + 1) for p in itertools.product("012", repeat=n)]
+    # Every way of putting a run together, so that a whole run is always one piece.
+    merges = [(run[:at], run[at:]) for run in runs for at in range(1, len(run))]
+    return bpe(rf"[0-9]{{1,{size}}}|[^0-9]+", merges)
+
+
+def strings(alphabet: str, longest: int) -> list[str]:
+    return ["".join(p) + "=" for n in range(longest + 1) for p in itertools.product(alphabet, repeat=n)]
+
+
+@pytest.mark.parametrize(
+    ("student_size", "teacher_size"), [(1, 2), (1, 3), (2, 1), (3, 2), (2, 3), (2, 2), (3, 1)]
+)
+def test_the_masses_are_those_of_enumeration(bpe: Make, student_size: int, teacher_size: int) -> None:
+    sides = pieces(bpe, student_size), pieces(bpe, teacher_size)
+    world = World(*sides, strings("012", 4), student_size * 10 + teacher_size)
+    for text in world.strings[::3]:
+        found, ends = world.masses(text), world.student.encode(text).ends
+        assert (found.unseen < 1e-6).all()
+        assert np.isnan(found.next_unseen[-1]) and (np.nan_to_num(found.next_unseen) < 1e-6).all()
+        truth = world.log_m(text)
+        np.testing.assert_allclose(found.log_m[found.after], truth, atol=2e-4)
+        v = [np.log(world.by_prefix[text[:end]]) for end in ends.tolist()]
+        np.testing.assert_allclose(found.log_v[found.after], v, atol=1e-5)
+        log_p = found.log_m[found.after] - found.log_m[found.before]
+        np.testing.assert_allclose(log_p, np.diff(truth, prepend=0.0), atol=4e-4)
+
+
+MERGES = {
+    "spaces": [(SPACE, SPACE), (SPACE * 2, SPACE)],
+    "words": [("a", "b"), (SPACE, "a"), (SPACE + "a", "b")],
+    "other words": [(SPACE, "b"), ("b", "a"), ("a", "a"), (SPACE, SPACE)],
+    "long": [("a", "b"), ("a", "a"), ("aa", "ab"), ("b", "b"), ("ab", "bb")],
+    "stealing": [("b", "a"), ("a", "a"), ("a", "b"), ("a", "ba"), (SPACE, SPACE)],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("student", MERGES)
+@pytest.mark.parametrize("teacher", MERGES)
+def test_the_figures_enclose_the_truth_where_later_bytes_decide(
+    bpe: Make, student: str, teacher: str
+) -> None:
+    """Spaces that wait for a word, and merges longer than a token of the other side."""
+    world = World(bpe(SPACED, MERGES[student]), bpe(SPACED, MERGES[teacher]), strings("ab ", 5), 7)
+    outside, checked, certain, errors = 0, 0, 0, []
+    for text in world.strings[::5]:
+        found, truth = world.masses(text), world.log_m(text)
+        log_m, guessed = found.log_m[found.after], found.guessed[found.after]
+        assert np.isfinite(log_m).all()
+        assert (log_m >= np.log(world.path[text]).sum() - 1e-5).all()
+        error = log_m - truth
+        # What tokens seen to end before the border could add, from the position that holds it.
+        known = found.shorter[found.after] == 0
+        room = -np.log1p(-np.minimum(guessed, 1 - 1e-12)) + 1e-4
+        outside += int((np.abs(error) > room)[known].sum())
+        checked += int(known.sum())
+        certain += int((guessed < 1e-3).sum())
+        errors += np.abs(error).tolist()
+    assert checked > 50 and outside <= 0.02 * checked, (outside, checked)
+    if student == teacher:  # the textbook rule
+        assert max(errors) < 1e-4 and certain == len(errors)
+
+
+def test_the_figures_of_what_is_not_known(bpe: Make) -> None:
+    """One response, counted by hand: the student writes 01|2|=, the teacher 012|=."""
+    student, teacher = pieces(bpe, 2), pieces(bpe, 3)
+    ids = {text: int(teacher.encode(text).ids[0]) for text in ("012", "01", "2", "=", "0")}
+    topk = np.asarray([[ids["012"], ids["01"], ids["2"]], [ids["="], ids["0"], -1]], np.int32)
+    probabilities = np.asarray([[0.5, 0.3, 0.1], [0.6, 0.2, 1e-9]])
+    response = teacher.encode("012=")
+    sampled = np.log(probabilities[:, 0]).astype(np.float32)
+    scores = TeacherScores(response, sampled, "t", "0", topk, np.log(probabilities).astype(np.float32))
+    written = student.encode("012=")
+    found = border_masses(
+        written, scores, align(written, response), vocabulary_symbols(teacher), Cuts(student, teacher)
+    )
+    start, first, second, last = [int(found.before[0]), *found.after.tolist()]
+    seen = [start, first, second, last]
+    # Behind "01" the teacher may have ended a token: what follows is not known, and "010" is one of its own.
+    np.testing.assert_allclose(np.exp(found.log_v)[seen], [1, 0.8, 0.5, 0.5 * 0.6], rtol=1e-6)
+    # Behind "2", "0" would be joined to it by the student and "=" is not.
+    np.testing.assert_allclose(np.exp(found.log_m)[seen], [1, 0.8, 0.5 * 0.75, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(found.guessed[seen], [0, 0.3 / 0.8, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(found.unseen[seen], [0, 0.1, 0.1, 0.2], atol=1e-6)
+    np.testing.assert_allclose(found.shorter[seen], [0, 0, 0.3, 0], atol=1e-6)
+    np.testing.assert_allclose(found.next_unseen[seen], [0.1, 0.2, 0.2, np.nan], atol=1e-6)
+
+
+def test_a_cut_the_student_would_not_make_has_no_mass(bpe: Make) -> None:
+    """One token of the teacher over what the student writes in two, though its own tokenizer writes one."""
+    student, teacher = pieces(bpe, 2), pieces(bpe, 3)
+    written = concatenate([student.encode(text) for text in ("0", "1", "=")])
+    response = teacher.encode("01=")
+    sure = np.log(np.full((2, 1), 0.9, np.float32))
+    scores = TeacherScores(response, sure[:, 0], "t", "0", response.ids[:, None], sure)
+    found = border_masses(
+        written, scores, align(written, response), vocabulary_symbols(teacher), Cuts(student, teacher)
+    )
+    log_m = found.log_m[found.after]
+    assert np.isneginf(log_m[0]) and np.isfinite(log_m[1:]).all()
+    assert np.isfinite(found.log_v).all() and found.guessed[found.after[0]] == 0
+
+
+def test_terms_too_small_to_ask_are_counted_as_guesses(bpe: Make) -> None:
+    student, teacher = pieces(bpe, 2), pieces(bpe, 1)
+    response = teacher.encode("0=")
+    zero, one = (int(teacher.encode(digit).ids[0]) for digit in "01")
+    equals = int(response.ids[1])
+    for small, guessed, log_m in ((1e-6, 1e-6, 0.0), (1e-3, 0.0, -1e-3)):
+        probabilities = np.asarray([[1.0, 1e-9], [1 - small, small]])
+        scores = TeacherScores(
+            response,
+            np.log(probabilities[:, 0]).astype(np.float32),
+            "t",
+            "0",
+            np.asarray([[zero, one], [equals, one]], np.int32),
+            np.log(probabilities).astype(np.float32),
+        )
+        written = student.encode("0=")
+        found = border_masses(
+            written, scores, align(written, response), vocabulary_symbols(teacher), Cuts(student, teacher)
+        )
+        np.testing.assert_allclose(found.guessed[found.after[0]], guessed, atol=1e-7)
+        np.testing.assert_allclose(found.log_m[found.after[0]], log_m, atol=1e-6)
+
+
+def random_scores(
+    random: np.random.Generator, teacher: Tokenizer, response: TokenSpans, width: int, share: float
+) -> TeacherScores:
+    """Top-k of `share` in all at each position, the response's own token among them at random."""
+    ids = random.permuted(np.tile(np.arange(teacher.vocab_size, dtype=np.int32), (len(response), 1)), axis=1)[
+        :, :width
+    ]
+    probabilities = random.dirichlet(np.ones(width), len(response)) * share
+    own = np.where(random.random(len(response)) < 0.5, random.integers(width, size=len(response)), -1)
+    sampled = np.full(len(response), 0.5 * (1 - share) + 1e-6)
+    for row, column in enumerate(own.tolist()):
+        found = np.flatnonzero(ids[row] == response.ids[row])
+        if column >= 0 and not len(found):
+            ids[row, column] = response.ids[row]
+            found = np.asarray([column])
+        if len(found):
+            sampled[row] = probabilities[row, found[0]]
+    return TeacherScores(
+        response, np.log(sampled).astype(np.float32), "t", "0", ids, np.log(probabilities).astype(np.float32)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=TEXT, seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_v_never_grows_and_m_is_between_the_path_and_v(
+    all_tokenizers: dict[str, Tokenizer], text: str, seed: int, data: st.DataObject
+) -> None:
+    names = st.sampled_from(sorted(all_tokenizers))
+    student, teacher = all_tokenizers[data.draw(names)], all_tokenizers[data.draw(names)]
+    ends = [side.role_span("end_of_turn") for side in (student, teacher)]
+    response = concatenate([student.encode(text), ends[0]])
+    scored = concatenate([teacher.encode(text), ends[1]])
+    scores = random_scores(np.random.default_rng(seed), teacher, scored, 16, 0.9)
+    found = border_masses(
+        response, scores, align(response, scored), vocabulary_symbols(teacher), Cuts(student, teacher)
+    )
+    order = found.after
+    assert (order >= 0).all() and found.before[0] == 0 and found.log_m[0] == 0
+    assert (found.before[1:] == found.after[:-1]).all()
+    path = np.concatenate([[0.0], found.log_v[order]])
+    assert np.isfinite(path).all() and (np.diff(path) <= 1e-6).all() and path.max() <= 0
+    assert (found.log_m[order] <= found.log_v[order] + 1e-9).all()
+    assert (found.log_m[order] >= scores.logprobs.sum(dtype=np.float64) - 1e-6).all()
+    for share in (found.unseen, found.shorter, found.guessed, found.next_unseen[:-1]):
+        assert ((share >= 0) & (share <= 1)).all()
+    # The whole response, with its end, is one path: its mass is the path's own probability.
+    np.testing.assert_allclose(found.log_m[order[-1]], scores.logprobs.sum(dtype=np.float64), atol=1e-6)
+
+
+def test_what_is_not_aligned_has_no_border(tokenizers: dict[str, Tokenizer]) -> None:
+    student, teacher = tokenizers["chatml"], tokenizers["llama3"]
+    text = b"Tom has 12 apples"
+    stray = student.encode(b"\xff")
+    response = concatenate([student.encode(text), stray, student.encode(text)])
+    scored = teacher.encode(text + text)
+    scores = random_scores(np.random.default_rng(0), teacher, scored, 8, 0.9)
+    found = border_masses(
+        response, scores, align(response, scored), vocabulary_symbols(teacher), Cuts(student, teacher)
+    )
+    lost = len(student.encode(text))
+    assert found.before[lost] == found.after[lost] == -1
+    assert (np.delete(found.before, lost) >= 0).all()
+    # Both sides of the stray byte are the same place for the teacher.
+    assert found.log_v[found.after[lost - 1]] == found.log_v[found.before[lost + 1]]
+    nothing = teacher.encode(b"")
+    empty = TeacherScores(
+        nothing, np.zeros(0, np.float32), "t", "0", np.zeros((0, 4), np.int32), np.zeros((0, 4), np.float32)
+    )
+    none = border_masses(
+        nothing, empty, align(nothing, nothing), vocabulary_symbols(teacher), Cuts(student, teacher)
+    )
+    assert len(none.log_v) == 0
+
+
+def test_a_teacher_without_top_k_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
+    side = tokenizers["chatml"]
+    spans = side.encode("Tom")
+    scores = TeacherScores(spans, np.zeros(len(spans), np.float32), "t", "0")
+    with pytest.raises(TeacherContractError, match="top-k"):
+        border_masses(spans, scores, align(spans, spans), vocabulary_symbols(side), Cuts(side, side))
