@@ -101,6 +101,7 @@ class SGLangTeacher:
                     "teacher must serve the same model"
                 )
         self.identity, self._checked = found[0], True
+        self._transport.take_counts()  # the counts are of scoring: a resumed run asks all this once more
         if self.settings.record is not None:
             self._recorder = ScoreRecorder(
                 self.settings.record, self.identity, tolerance=self.settings.canary_tolerance

@@ -226,6 +226,7 @@ def test_a_replica_that_is_back_is_used_again() -> None:
 # The slow tail
 
 
+@pytest.mark.faults  # its figures are of latencies: nothing else may run beside it
 def test_one_in_a_hundred_20_times_slower_is_not_felt(stalls: Stalls) -> None:
     """Batches of 48 requests, 16 at a time. Those during which the machine stood still are left out."""
     usual, late = slow(0.2), every(100, slow(4.0))
