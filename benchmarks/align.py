@@ -203,6 +203,14 @@ def figure(name: str, value: float, unit: str, limit: float | None, *, least: bo
     }
 
 
+def finish(rows: Sequence[dict[str, Any]], out: Path | None) -> int:
+    """Write the rows to `out` where one is named; the exit code: 1 where a limit is missed."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": machine(), "measurements": rows}, indent=1) + "\n")
+    return 0 if all(row.get("ok", True) for row in rows) else 1
+
+
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     names = (
@@ -244,10 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in [*alignment_figures(pair), host_path(pair)]:
                 rows.append({"benchmark": "align", "pair": pair.name, **row})
                 print(json.dumps(rows[-1]), flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"machine": machine(), "measurements": rows}, indent=1) + "\n")
-    return 0 if all(row.get("ok", True) for row in rows) else 1
+    return finish(rows, arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from align import cpu_seconds, figure, machine
+from align import cpu_seconds, figure, finish
 
 from jaxdistill.records import Unscored
 from jaxdistill.teachers.checks import (
@@ -148,10 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for k, form in CASES:
         rows.append({"benchmark": "teacher_client", **measure(groups, k, form)})
         print(json.dumps(rows[-1]), flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"machine": machine(), "measurements": rows}, indent=1) + "\n")
-    return 0 if all(row.get("ok", True) for row in rows) else 1
+    return finish(rows, arguments.out)
 
 
 if __name__ == "__main__":

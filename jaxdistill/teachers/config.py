@@ -20,6 +20,7 @@ class TeacherSettings(StrictConfig):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="what metrics and messages call this teacher",
     )
+    tokenizer: str | None = Field(default=None, description="folder or hub id of the teacher's tokenizer")
     roles: dict[str, str] = Field(default_factory=dict, description="role -> token, where not derivable")
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to the chat template")
     sources: tuple[str, ...] = Field(
@@ -45,7 +46,8 @@ class TeacherSettings(StrictConfig):
     @property
     def tokenizer_path(self) -> str:
         """Folder or hub id of the teacher's tokenizer."""
-        raise NotImplementedError
+        assert self.tokenizer is not None, "a kind whose tokenizer may be left out says what stands for it"
+        return self.tokenizer
 
     def load_tokenizer(self) -> Tokenizer:
         """The teacher's tokenizer. Raises `ConfigError` where it cannot be loaded."""
@@ -119,10 +121,6 @@ class SGLangConfig(ServedSettings):
     )
 
     @property
-    def tokenizer_path(self) -> str:
-        return self.tokenizer
-
-    @property
     def endpoints(self) -> tuple[str, ...]:
         """The endpoint or endpoints, as a list without trailing slashes."""
         listed = (self.endpoint,) if isinstance(self.endpoint, str) else self.endpoint
@@ -168,10 +166,6 @@ class ReplayConfig(TeacherSettings):
     kind: Literal["replay"] = "replay"
     path: Path = Field(description="the folder another run recorded into")
     tokenizer: str = Field(min_length=1, description="folder or hub id of the recorded teacher's tokenizer")
-
-    @property
-    def tokenizer_path(self) -> str:
-        return self.tokenizer
 
 
 TeacherConfig = Annotated[SGLangConfig | EmbeddedConfig | ReplayConfig, Field(discriminator="kind")]

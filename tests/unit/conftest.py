@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,15 +61,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _plain_runner(app: web.Application) -> web.AppRunner:
+    return web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+
+
 @contextmanager
-def _serving(app: web.Application) -> Iterator[str]:
+def _serving(
+    app: web.Application, make_runner: Callable[[web.Application], web.AppRunner] = _plain_runner
+) -> Iterator[str]:
     """Run `app` on a free loopback port, on a thread of its own; yields its address."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
     async def start() -> tuple[web.AppRunner, int]:
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        runner = make_runner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -86,7 +92,7 @@ def _serving(app: web.Application) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[[web.Application], object]:
+def serving() -> Callable[..., AbstractContextManager[str]]:
     """`with serving(app) as url:` serves an aiohttp application on loopback."""
     return _serving
 

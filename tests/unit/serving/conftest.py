@@ -1,10 +1,9 @@
 """The scoring server as the command line runs it, on a loopback port, and a plain client of it."""
 
-import asyncio
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -17,32 +16,10 @@ from jaxdistill.serving.app import make_runner
 Serving = Callable[[web.Application], AbstractContextManager[str]]
 
 
-@contextmanager
-def _serving(app: web.Application) -> Iterator[str]:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def start() -> tuple[web.AppRunner, int]:
-        runner = make_runner(app, grace_s=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return runner, runner.addresses[0][1]
-
-    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 @pytest.fixture(scope="session")
-def serving() -> Serving:
+def serving(serving: Callable[..., AbstractContextManager[str]]) -> Serving:
     """`with serving(app) as url:` serves the application with the runner of the command line."""
-    return _serving
+    return partial(serving, make_runner=partial(make_runner, grace_s=0.1))
 
 
 def _call(
