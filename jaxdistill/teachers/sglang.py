@@ -85,7 +85,7 @@ class SGLangTeacher:
         row may be, is the tokenizer the served model's, and do all of them give the canary the same values.
 
         One that does not answer is left to the breaker while another does: when it comes back, the canary in
-        its replies tells whether it is the same model.
+        its replies tells whether it is the same model. The counts start anew: they are of scoring alone.
 
         Raises `TeacherUnavailable`, `TeacherContractError`, or
         `ConfigError` for another tokenizer.
