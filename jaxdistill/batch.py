@@ -1,6 +1,6 @@
 """The device batch: what the jitted step reads.
 
-Letters: B rows, T padded length.
+Letters: B rows, T padded length, K proposals.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,38 @@ else:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class BatchProjection:
+    """`records.Projection` of every row; column t is the state before token t."""
+
+    mask: Bool[Array, "B T"]
+    logprob: Float32[Array, "B T"]
+    floored: Bool[Array, "B T"]
+    ids: Int32[Array, "B T K"]
+    logprobs: Float32[Array, "B T K"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BatchSharedTopK:
+    """`records.SharedTopK` of every row; column t is the state before token t."""
+
+    mask: Bool[Array, "B T"]
+    ids: Int32[Array, "B T K"]
+    logprobs: Float32[Array, "B T K"]
+    student_ids: Int32[Array, "B T K"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BatchEndOfTurn:
+    """`records.EndOfTurn` of every row; column t is the state before token t."""
+
+    mask: Bool[Array, "B T"]
+    logprob: Float32[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Batch:
     """Right-padded rows of prompt and response. Column t describes token t itself: its loss is that
     of predicting it from the columns before.
@@ -25,7 +57,9 @@ class Batch:
     `response_mask` marks the student's response, `loss_mask` the part of it the teacher has a signal
     for; where `loss_mask` is false, `teacher_logprob` is zero and `chunk_of_token` -1, and neither is
     read. `weight` scales a row; a padding row has weight 0 and empty masks. `same_vocabulary` marks the
-    rows whose teacher reads the student's own tokens.
+    rows whose teacher reads the student's own tokens. `origin` is who wrote a row (`records.ORIGINS`),
+    `reward` its task reward as it joins the advantage (0 without one). The optional parts are there only if
+    the objective asks for them.
     """
 
     tokens: Int32[Array, "B T"]
@@ -37,6 +71,11 @@ class Batch:
     policy_version: Int32[Array, " B"]
     weight: Float32[Array, " B"]
     same_vocabulary: Bool[Array, " B"]
+    origin: Int32[Array, " B"]
+    reward: Float32[Array, " B"]
+    projection: BatchProjection | None = None
+    shared: BatchSharedTopK | None = None
+    end: BatchEndOfTurn | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -1,18 +1,26 @@
 """Ragged host records -> one static-shaped host batch.
 
-Letters: B rows, T padded length, R response tokens.
+Letters: B rows, T padded length, R response tokens, K proposals.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from jaxdistill.batch import Batch
+from jaxdistill.batch import Batch, BatchEndOfTurn, BatchProjection, BatchSharedTopK
 from jaxdistill.config import StrictConfig
 from jaxdistill.errors import DataError
-from jaxdistill.records import Rollout, Targets
+from jaxdistill.records import ORIGINS, Part, Rollout, Targets
+
+_PARTS: Mapping[Part, type] = {
+    "projection": BatchProjection,
+    "shared": BatchSharedTopK,
+    "end": BatchEndOfTurn,
+}
+_FILL = {"ids": -1, "student_ids": -1, "logprobs": -np.inf}  # elsewhere zero
 
 
 class ShapesConfig(StrictConfig):
@@ -30,10 +38,16 @@ class ShapesConfig(StrictConfig):
 
 
 def pack(
-    rollouts: Sequence[Rollout], targets: Sequence[Targets | None], *, buckets: Sequence[int], rows: int
+    rollouts: Sequence[Rollout],
+    targets: Sequence[Targets | None],
+    *,
+    buckets: Sequence[int],
+    rows: int,
+    rewards: Sequence[float] | None = None,
 ) -> Batch:
-    """Lay rollouts and their targets (None: no teacher) into `rows` rows of the smallest bucket that
-    holds them all.
+    """Lay rollouts, their targets (None: no teacher) and rewards (None: none) into `rows` rows of the
+    smallest bucket that holds them all. An optional part of the targets is in the batch if any row has it;
+    a row without it has an empty mask there.
 
     Rows beyond the rollouts are padding with weight 0. Raises `DataError` if a row is longer than the
     largest bucket. The arrays are numpy; `parallel.place_batch` makes them global.
@@ -56,7 +70,11 @@ def pack(
         "policy_version": np.zeros(rows, np.int32),
         "weight": np.zeros(rows, np.float32),
         "same_vocabulary": np.zeros(rows, bool),
+        "origin": np.zeros(rows, np.int32),
+        "reward": np.zeros(rows, np.float32),
     }
+    if rewards is not None:
+        arrays["reward"][: len(rollouts)] = rewards
     for row, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
         start = len(rollout.prompt_ids)
         part = np.s_[row, start : start + len(rollout.response)]
@@ -65,10 +83,34 @@ def pack(
         arrays["response_mask"][part] = True if rollout.assistant_mask is None else rollout.assistant_mask
         arrays["behavior_logprobs"][part] = rollout.logprobs
         arrays["policy_version"][row] = rollout.policy_version
+        arrays["origin"][row] = ORIGINS[rollout.origin]
         arrays["weight"][row] = 1.0 if target is None else target.weight
         if target is not None:
             arrays["same_vocabulary"][row] = target.same_vocabulary
             arrays["loss_mask"][part] = target.mask
             arrays["chunk_of_token"][part] = target.chunk_of_token
             arrays["teacher_logprob"][part] = target.teacher_logprob
+    starts = [len(rollout.prompt_ids) for rollout in rollouts]
+    for name, kind in _PARTS.items():
+        parts = [None if target is None else getattr(target, name) for target in targets]
+        arrays[name] = _part(kind, parts, starts, shape)
     return Batch(**arrays)
+
+
+def _part(kind: type, parts: Sequence[Any], starts: Sequence[int], shape: tuple[int, int]) -> Any:
+    """One optional part of the targets for all rows: each [R, ...] array from its row's response on."""
+    present = [
+        (row, start, part) for row, (start, part) in enumerate(zip(starts, parts, strict=True)) if part
+    ]
+    if not present:
+        return None
+    arrays: dict[str, Any] = {}
+    for name in (field.name for field in fields(kind)):
+        first = getattr(present[0][2], name)
+        widest = (max(getattr(part, name).shape[1] for *_, part in present),) if first.ndim == 2 else ()
+        arrays[name] = np.full(shape + widest, _FILL.get(name, 0), first.dtype)
+        for row, start, part in present:
+            values = getattr(part, name)
+            tail = (slice(values.shape[1]),) if widest else ()
+            arrays[name][(row, slice(start, start + len(values)), *tail)] = values
+    return kind(**arrays)

@@ -31,7 +31,13 @@ ROLE_NAMES: Mapping[int, str] = {number: name for name, number in ROLES.items()}
 OTHER_SPECIAL = 127  # a special token no role is known for: carries no bytes and never aligns
 END_OF_TURN = ROLES["end_of_turn"]
 
+# Who wrote a response: the student now, a reference of the data, or the teacher.
+Origin = Literal["student", "reference", "teacher"]
+ORIGINS: Mapping[Origin, int] = {"student": 0, "reference": 1, "teacher": 2}
+
 Signal = Literal["chunk", "exact"]  # which chunks carry the teacher's signal: all, or one-to-one alone
+
+Part = Literal["projection", "shared", "end"]  # of `Targets`, built where an objective reads it
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as chat templates read it
 
@@ -95,7 +101,8 @@ class Rollout:
     when the response was cut at the length limit and so has no end of turn. `vocabulary` is the
     `vocab_fingerprint` of the tokenizer the ids belong to: a teacher with the same one reads them as
     they are. A reference of several turns has `assistant_mask`, false on what stands between them (user
-    turns, tool output, the template's marks); None: the assistant wrote all of the response.
+    turns, tool output, the template's marks); None: the assistant wrote all of the response. `origin` says who
+    wrote it; only the student's own rows have `logprobs` that mean anything.
     """
 
     prompt: Prompt
@@ -106,6 +113,7 @@ class Rollout:
     policy_version: int
     vocabulary: str
     assistant_mask: Bool[np.ndarray, " R"] | None = None
+    origin: Origin = "student"
 
 
 @dataclass(frozen=True)
@@ -158,13 +166,57 @@ class Alignment:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """The teacher's next-token distribution p_{T>S} in STUDENT tokens, at the state before each token of a
+    response: of all strings the teacher may write whose student segmentation begins with the tokens so far,
+    the share that goes on with each token.
+
+    `logprob[r]` is that of the sampled token r, at most 0 and always finite where `mask`; `floored[r]` says
+    that nothing seen leads to it, so that it has the unseen mass as its value. `ids` are the most likely
+    next tokens, each once, descending, -1 (with -inf in `logprobs`) where fewer are known; what they lack to
+    1 is the tail: everything else, the not known included. Where `mask` is false there is no projection, and
+    nothing may be read.
+    """
+
+    mask: Bool[np.ndarray, " R"]
+    logprob: Float32[np.ndarray, " R"]
+    floored: Bool[np.ndarray, " R"]
+    ids: Int32[np.ndarray, "R K"]
+    logprobs: Float32[np.ndarray, "R K"]
+
+
+@dataclass(frozen=True)
+class SharedTopK:
+    """The teacher's own top-k before each student token, where both sides have read exactly the same bytes.
+
+    `ids` are teacher ids (-1, with -inf in `logprobs`, where there are fewer), `student_ids` the student's
+    token of the same bytes or the same role, -1 without one. Where `mask` is false nothing may be read.
+    """
+
+    mask: Bool[np.ndarray, " R"]
+    ids: Int32[np.ndarray, "R K"]
+    logprobs: Float32[np.ndarray, "R K"]
+    student_ids: Int32[np.ndarray, "R K"]
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """`logprob[r]`: the teacher's natural-log probability of ending the turn before student token r, where
+    `mask` says that it is known."""
+
+    mask: Bool[np.ndarray, " R"]
+    logprob: Float32[np.ndarray, " R"]
+
+
+@dataclass(frozen=True)
 class Targets:
     """The teacher's scores in student coordinates.
 
     `teacher_logprob[r]` is the total log-probability of the chunk student token r lies in, repeated
     on all its tokens, and 0 where `mask` is false: there the teacher said nothing, and nothing may
     read the value. `stats` are plain counts for the metrics, by name. `weight` is the row's weight in
-    the objective; `same_vocabulary` says that the ids of both sides are of one vocabulary.
+    the objective; `same_vocabulary` says that the ids of both sides are of one vocabulary. The optional
+    parts are present only where the objective asks for them.
     """
 
     chunk_of_token: Int32[np.ndarray, " R"]
@@ -173,3 +225,6 @@ class Targets:
     stats: Mapping[str, float] = field(default_factory=dict)
     weight: float = 1.0
     same_vocabulary: bool = False
+    projection: Projection | None = None
+    shared: SharedTopK | None = None
+    end: EndOfTurn | None = None

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.config import StrictConfig
 from jaxdistill.losses.head import Sums, tile_length, tile_objective
-from jaxdistill.records import Signal
+from jaxdistill.records import Part, Signal
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +49,11 @@ class ObjectiveSettings(StrictConfig):
     needs_teacher: ClassVar[bool]
     on_policy: ClassVar[bool]
     signal: Signal = "chunk"
+
+    @property
+    def needs(self) -> frozenset[Part]:
+        """The optional parts of a batch this objective reads."""
+        return frozenset()
 
     def check_temperature(self, temperature: float) -> None:
         """Raise `ValueError` if the objective means nothing for rows sampled at `temperature`."""

@@ -38,6 +38,8 @@ def make_batch(seed: int) -> Batch:
         policy_version=np.zeros(ROWS, np.int32),
         weight=np.ones(ROWS, np.float32),
         same_vocabulary=np.zeros(ROWS, bool),
+        origin=np.zeros(ROWS, np.int32),
+        reward=np.zeros(ROWS, np.float32),
     )
 
 
