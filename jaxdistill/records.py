@@ -101,8 +101,8 @@ class Rollout:
     when the response was cut at the length limit and so has no end of turn. `vocabulary` is the
     `vocab_fingerprint` of the tokenizer the ids belong to: a teacher with the same one reads them as
     they are. A reference of several turns has `assistant_mask`, false on what stands between them (user
-    turns, tool output, the template's marks); None: the assistant wrote all of the response. `origin` says who
-    wrote it; only the student's own rows have `logprobs` that mean anything.
+    turns, tool output, the template's marks); None: the assistant wrote all of the response. `origin` says
+    who wrote it; only the student's own rows have `logprobs` that mean anything.
     """
 
     prompt: Prompt
