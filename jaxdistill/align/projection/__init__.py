@@ -5,9 +5,11 @@ segmentation begins with h is M(h) = V(e) * kappa(e): V(e) that its string begin
 kappa(e) that what follows then keeps a student boundary at e. `proposals` says how far each token the teacher
 proposes agrees with the response, `cuts` whether the student cuts at a border given what follows, `masses`
 sums both over the teacher's top-k, and `segmentation` holds each teacher token as the student would cut it.
+`distribution` puts them together: `Projector` gives the teacher's next-token distribution in student tokens.
 """
 
 from jaxdistill.align.projection.cuts import Cuts
+from jaxdistill.align.projection.distribution import Projector
 from jaxdistill.align.projection.masses import Borders, border_masses
 from jaxdistill.align.projection.proposals import (
     BEYOND,
@@ -28,6 +30,7 @@ __all__ = [
     "Agreement",
     "Borders",
     "Cuts",
+    "Projector",
     "Segmentation",
     "Symbols",
     "agree",

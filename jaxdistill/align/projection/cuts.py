@@ -40,16 +40,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int8, Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from jaxdistill.align.projection.contexts import context_starts
 from jaxdistill.align.projection.memory import Memory
+from jaxdistill.align.projection.together import Together
 from jaxdistill.records import TokenSpans
 from jaxdistill.text import Tokenizer
 
 _AHEAD = 8  # tokens behind a border that decide what the response itself says there
-_TOGETHER = 256  # texts in one content
-_NEVER_TEXT = (0xFF, 0xFE, 0xC0, 0xC1)  # bytes that UTF-8 has no use for
+_TRIED = 4  # continuations of one token, until one is found that its teacher would write
+_NOT_KEPT = -1
 
 
 class _Context(NamedTuple):
@@ -61,6 +62,7 @@ class _Context(NamedTuple):
 
 
 _NO_CONTEXT = _Context(b"", 0, b"")
+_BLANK = 0x20
 _OPEN = 256  # in the place of a last byte: the token before the border depends on what follows
 
 
@@ -73,19 +75,21 @@ class Cuts:
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer, *, limit: int = 10_000_000) -> None:
         self.identical = student.vocab_fingerprint == teacher.vocab_fingerprint
+        self.end_of_turn = teacher.roles.get("end_of_turn")
         self._student = student
         self._limit = limit
         vocabulary = teacher.spans(np.arange(teacher.vocab_size, dtype=np.int32))
         self._data, self._starts, self._ends = vocabulary.data, vocabulary.starts, vocabulary.ends
         self._first = np.frombuffer(self._data + b"\0", np.uint8)
         self._joined = np.append(_joined_bytes(student), np.ones(256, bool))
+        # Bytes that end a word, a number or a sign in ASCII: a space behind them begins a pre-token.
+        self._solid = np.asarray([0x21 <= byte < 0x7F for byte in range(_OPEN + 1)])
         self._lonely = ~self._joined.reshape(257, 256).any(axis=1)
         ranked = student.token_bytes(np.arange(student.vocab_size, dtype=np.int32))
         order = sorted((piece, rank) for rank, piece in enumerate(ranked) if piece)
         self._pieces = [piece for piece, _ in order]
         self._ranks = np.asarray([rank for _, rank in order], np.int64)
-        unused = [byte for byte in _NEVER_TEXT if byte not in student.missing_bytes]
-        self._separator = bytes(unused[:1])
+        self._encode, self._encode_teacher = Together(student), Together(teacher)
         self._forget()
 
     def _forget(self) -> None:
@@ -93,7 +97,7 @@ class Cuts:
         self._names = [_NO_CONTEXT]  # in the order of their numbers
         self._beside = array("h", [_OPEN, -1])  # bytes beside each border, -1 where not known
         self._of_token = np.full(self._student.vocab_size, -1, np.int32)  # contexts of one token
-        self._extensions: dict[bytes, bytes] = {}
+        self._continuations: dict[tuple[bytes, int], bytes] = {}
         self._answers = Memory()
 
     def contexts(self, response: TokenSpans) -> Int32[np.ndarray, " R1"]:
@@ -170,10 +174,25 @@ class Cuts:
         answers = np.ones((2, len(contexts)), bool)
         at = np.flatnonzero(asked)
         if len(at):
-            # A place names the token and the offset at once, and fits in 32 bits.
-            found = self._look_up((contexts[at].astype(np.int64) << 32) | places[at], tokens[at])
-            answers[:, at] = np.stack([found & 1, found >> 1])
+            answers[:, at] = self._look_up(contexts[at], tokens[at], places[at]) != _NOT_KEPT
         return answers
+
+    def behind(
+        self,
+        contexts: Int32[np.ndarray, " N"],
+        tokens: Int32[np.ndarray, " N"],
+        offsets: Int64[np.ndarray, " N"],
+    ) -> Int32[np.ndarray, "2 N"]:
+        """The student token that begins at each border when a teacher token follows, from `offset` on; -1
+        where the student does not keep the context's last token. First if nothing follows, then going on, as
+        `at`. Something must follow: the token's bytes, or what the context says (not checked)."""
+        places = np.minimum(self._starts[tokens] + offsets, self._ends[tokens])
+        places[places >= self._ends[tokens]] = len(self._data)
+        before, after = self._bytes_beside(contexts)
+        # Where a pre-token begins for certain, what stands before does not matter.
+        begins = (after < 0) & (self._first[places] == _BLANK) & self._solid[before]
+        begins &= ~self._joined[before * 256 + _BLANK]
+        return self._look_up(np.where(begins, 0, contexts), tokens, places)
 
     def known(
         self, response: TokenSpans, borders: Int64[np.ndarray, " B"], contexts: Int32[np.ndarray, " B"]
@@ -190,13 +209,18 @@ class Cuts:
         slices = zip(known, ends[borders[asked]].tolist(), ends[lasts[asked]].tolist(), strict=True)
         texts = [context.before + response.data[low:high] for context, low, high in slices]
         kept = np.ones(len(borders), bool)
-        kept[asked] = self._kept(known, texts)
+        kept[asked] = self._first_behind(known, texts) != _NOT_KEPT
         return kept
 
     def _look_up(
-        self, keys: Int64[np.ndarray, " N"], tokens: Int32[np.ndarray, " N"]
-    ) -> Int8[np.ndarray, " N"]:
+        self,
+        contexts: Int32[np.ndarray, " N"],
+        tokens: Int32[np.ndarray, " N"],
+        places: Int64[np.ndarray, " N"],
+    ) -> Int32[np.ndarray, "2 N"]:
         """Answers to questions; what is not known yet is asked and kept."""
+        # A place names the token and the offset at once, and fits in 32 bits.
+        keys = (contexts.astype(np.int64) << 32) | places
         values = self._answers.get(keys)
         unknown = np.flatnonzero(values < 0)
         if len(unknown):
@@ -204,58 +228,74 @@ class Cuts:
             fresh = self._ask(new, tokens[unknown[first]])
             self._answers.put(new, fresh)
             values[unknown] = fresh[inverse]
-        return values
+        return np.stack([(values & 0x7FFFFFFF) - 1, (values >> 31) - 1]).astype(np.int32)
 
-    def _ask(self, keys: Int64[np.ndarray, " N"], tokens: Int32[np.ndarray, " N"]) -> Int8[np.ndarray, " N"]:
-        """Encodes each context with its bytes behind it: 1 for a boundary alone, and 2 for one going on."""
+    def _ask(self, keys: Int64[np.ndarray, " N"], tokens: Int32[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
+        """Encodes each context with its bytes behind it, alone and going on: one more than the id of the
+        token behind the border, in the lower and in the upper 31 bits."""
         rests = self._rests(tokens, (keys & 0xFFFFFFFF) - self._starts[tokens])
         names = [self._names[number] for number in (keys >> 32).tolist()]
         texts = [name.before + name.after + rest for name, rest in zip(names, rests, strict=True)]
-        alone = self._kept(names, texts)
-        rows, longer = [], []
-        for row, (name, text, rest) in enumerate(zip(names, texts, rests, strict=True)):
-            if rest and (more := self._going_on(text, len(name.before), bool(alone[row]))):
-                rows.append(row)
-                longer.append(more)
+        alone = self._first_behind(names, texts)
+        open_rows = [row for row, rest in enumerate(rests) if rest]
+        more = self._going_on(
+            [texts[row] for row in open_rows],
+            [len(names[row].before) for row in open_rows],
+            tokens[open_rows].tolist(),
+            (alone[open_rows] != _NOT_KEPT).tolist(),
+        )
+        rows = [row for row, what in zip(open_rows, more, strict=True) if what]
+        longer = [texts[row] + what for row, what in zip(open_rows, more, strict=True) if what]
         going_on = alone.copy()
-        going_on[rows] = self._kept([names[row] for row in rows], longer)
-        return (alone + 2 * going_on).astype(np.int8)
+        going_on[rows] = self._first_behind([names[row] for row in rows], longer)
+        return (alone + 1) | ((going_on + 1) << 31)
 
-    def _going_on(self, text: bytes, place: int, is_cut: bool) -> bytes:
-        """The text and behind it what most readily turns the answer (see above); b"" if there is nothing."""
-        if is_cut and (found := self._first_longer(text)):
-            return found
-        if not is_cut and _ends_in_space(text):
-            return text + b"a"
-        after = text[place:]
-        if after not in self._extensions:
-            self._extensions[after] = self._first_longer(after)
-        return text[:place] + self._extensions[after] if self._extensions[after] else b""
+    def _going_on(
+        self, texts: Sequence[bytes], places: Sequence[int], tokens: Sequence[int], kept: Sequence[bool]
+    ) -> list[bytes]:
+        """What behind each text most readily turns the answer (see above); b"" if there is nothing."""
+        behind = [text[place:] for text, place in zip(texts, places, strict=True)]
+        self._find_continuations([*zip(texts, tokens, strict=True), *zip(behind, tokens, strict=True)])
+        found = []
+        for text, after, token, is_cut in zip(texts, behind, tokens, kept, strict=True):
+            if is_cut and (whole := self._continuations[text, token]):
+                found.append(whole)
+            elif not is_cut and _ends_in_space(text):
+                found.append(b"a")
+            else:
+                found.append(self._continuations[after, token])
+        return found
 
-    def _first_longer(self, prefix: bytes) -> bytes:
+    def _find_continuations(self, asked: Sequence[tuple[bytes, int]]) -> None:
+        """For each text and the teacher token it ends with: what the first longer token of the student's
+        vocabulary has behind it, of those behind which the teacher would still write this token."""
+        new = [pair for pair in dict.fromkeys(asked) if pair not in self._continuations]
+        tried = [(pair, more) for pair in new for more in self._first_longer(pair[0])]
+        tokens = np.asarray([token for (_, token), _ in tried], np.int32)
+        wholes = self._rests(tokens, np.zeros(len(tried), np.int64))
+        read = self._encode_teacher([w + more for w, (_, more) in zip(wholes, tried, strict=True)])
+        stands = np.searchsorted(read.ends, read.starts)
+        written = read.ids[stands] == tokens if len(tried) else []
+        self._continuations.update(dict.fromkeys(new, b""))
+        for (pair, more), possible in zip(reversed(tried), reversed(written), strict=True):
+            if possible:
+                self._continuations[pair] = more
+
+    def _first_longer(self, prefix: bytes) -> list[bytes]:
         low = bisect_right(self._pieces, prefix)
         high = bisect_left(self._pieces, prefix + b"\xff" * 8, lo=low)
-        return self._pieces[low + int(self._ranks[low:high].argmin())] if high > low else b""
+        first = low + np.argsort(self._ranks[low:high])[:_TRIED]
+        return [self._pieces[index][len(prefix) :] for index in first.tolist()]
 
-    def _kept(self, contexts: Sequence[_Context], texts: Sequence[bytes]) -> Bool[np.ndarray, " N"]:
-        """Whether the student keeps each context's last token in its text, all in one threaded call.
-
-        Texts are put together with a byte between them that is no text: what stands between two such bytes
-        is encoded by itself, and far fewer contents cost far less.
-        """
-        together = _TOGETHER if self._separator else 1
-        groups = [range(low, min(low + together, len(texts))) for low in range(0, len(texts), together)]
-        contents = [self._separator.join([texts[i] for i in group]) for group in groups]
-        kept = np.zeros(len(texts), bool)
-        for group, content, spans in zip(groups, contents, self._student.encode_batch(contents), strict=True):
-            if spans.data != content and len(group) > 1:  # bytes without a token are left out: places move
-                for i, one in zip(group, self._student.encode_batch([texts[i] for i in group]), strict=True):
-                    kept[i] = _is_token(contexts[i : i + 1], np.zeros(1, np.int64), one)[0]
-                continue
-            lengths = np.asarray([len(texts[i]) + len(self._separator) for i in group], np.int64)
-            own = contexts[group.start : group.stop]
-            kept[group.start : group.stop] = _is_token(own, np.cumsum(lengths) - lengths, spans)
-        return kept
+    def _first_behind(self, contexts: Sequence[_Context], texts: Sequence[bytes]) -> Int64[np.ndarray, " N"]:
+        """The student's token behind each context in its text, -1 where its last token is not kept."""
+        read = self._encode(texts)
+        border = read.starts + np.asarray([len(context.before) for context in contexts], np.int64)
+        last = np.asarray([context.last for context in contexts], np.int64)
+        at = np.minimum(np.searchsorted(read.ends, border), len(read.ends) - 1)
+        kept = (read.ends[at] == border) & ((last == 0) | (read.ends[np.maximum(at - 1, 0)] == border - last))
+        ids = np.append(read.ids, 0).astype(np.int64)  # behind the end of all of them: nobody's
+        return np.where(kept, ids[at], _NOT_KEPT)
 
 
 def _is_open(before: bytes) -> bool:
@@ -270,17 +310,6 @@ def _is_open(before: bytes) -> bool:
 
 def _ends_in_space(data: bytes) -> bool:
     return data[-4:].decode("utf-8", "ignore")[-1:].isspace()
-
-
-def _is_token(
-    contexts: Sequence[_Context], offsets: Int64[np.ndarray, " N"], spans: TokenSpans
-) -> Bool[np.ndarray, " N"]:
-    """Whether the last token of each context is a token of the spans, where its text begins at an offset."""
-    ends = np.concatenate([np.zeros(1, np.int64), spans.ends])
-    last = offsets + np.asarray([len(context.before) for context in contexts], np.int64)
-    first = last - np.asarray([context.last for context in contexts], np.int64)
-    at = np.minimum(np.searchsorted(ends, last), len(ends) - 1)
-    return (ends[at] == last) & (ends[np.maximum(at - 1, 0)] == first)
 
 
 def _joined_bytes(tokenizer: Tokenizer) -> Bool[np.ndarray, " 65536"]:

@@ -36,8 +36,8 @@ the whole path: log M is finite, whatever the top-k. On other cuts no string kee
 Where both sides have one tokenizer, M is the path's own probability: the response's tokens are the teacher's.
 V = kappa = 1 at the start. Everything stays in logarithms, and V never grows along the response.
 
-Letters: R student tokens, S teacher tokens, K proposals at each, J = K + 1 proposals with the sampled token,
-E borders, Q pairs of a proposal and a border it reaches, N continuations asked for.
+Letters: R student tokens, S teacher tokens, K proposals at each, J proposals: K, the sampled token, and the end
+of turn where it is known, E borders, Q pairs of a proposal and a border it reaches, N continuations asked for.
 """
 
 from dataclasses import dataclass
@@ -132,19 +132,37 @@ def _places(student: TokenSpans, teacher: Symbols, alignment: Alignment, cuts: C
     return _Places(before, after, unique // width, count, cuts.contexts(student)[count])
 
 
-def _with_sampled(scores: TeacherScores) -> _Proposals:
-    """Top-k with the sampled token added where it is missing."""
+def known_proposals(
+    scores: TeacherScores, end_of_turn: int | None
+) -> tuple[Int32[np.ndarray, "S J"], Float64[np.ndarray, "S J"]]:
+    """The top-k at each teacher token and, where its probability was asked for, the end of turn.
+
+    -1 with -inf where there are fewer. Raises TeacherContractError without a top-k for each token.
+    """
     ids, logprobs = scores.topk_ids, scores.topk_logprobs
     if ids is None or logprobs is None or ids.shape != logprobs.shape or len(ids) != len(scores.response):
         raise TeacherContractError(
             f"teacher {scores.teacher!r} gave no top-k for each of its {len(scores.response)} tokens; "
-            "projection needs topk_ids and topk_logprobs of one shape [tokens, k]"
+            "projection needs topk_ids and topk_logprobs of one shape [tokens, k]: set teacher.top_k"
         )
+    logprobs = np.where(ids < 0, -np.inf, logprobs.astype(np.float64))
+    if scores.end_logprobs is None or end_of_turn is None:
+        return ids, logprobs
+    known = (ids == end_of_turn).any(axis=1, keepdims=True)
+    ends = np.where(known, -np.inf, scores.end_logprobs[: len(ids), None].astype(np.float64))
+    return (
+        np.concatenate([ids, np.where(known, -1, end_of_turn).astype(np.int32)], axis=1),
+        np.concatenate([logprobs, ends], axis=1),
+    )
+
+
+def _with_sampled(scores: TeacherScores, end_of_turn: int | None) -> _Proposals:
+    """What is known to be proposed, with the sampled token added where it is missing."""
+    ids, logprobs = known_proposals(scores, end_of_turn)
     sampled = scores.response.ids[:, None]
     missing = ~(ids == sampled).any(axis=1, keepdims=True)
     extra = np.where(missing, scores.logprobs[:, None].astype(np.float64), -np.inf)
-    padded = np.where(ids < 0, -np.inf, logprobs.astype(np.float64))
-    all_logprobs = np.concatenate([padded, extra], axis=1)
+    all_logprobs = np.concatenate([logprobs, extra], axis=1)
     all_ids = np.concatenate([ids, np.where(missing, sampled, -1)], axis=1).astype(np.int32)
     unseen = np.clip(1.0 - np.exp(all_logprobs).sum(axis=1), 0.0, 1.0)
     return _Proposals(all_ids, all_logprobs, (all_ids == sampled).argmax(axis=1), unseen)
@@ -181,6 +199,37 @@ def _terms(
     return _Terms(border, token, places.offsets[border] - np.repeat(begin, counts), weight, own)
 
 
+@dataclass(frozen=True)
+class Ground:
+    """One response as teacher and student read it, before anything is asked of the student's tokenizer."""
+
+    student: TokenSpans
+    vocabulary: Symbols
+    response: Symbols
+    places: _Places
+    proposals: _Proposals
+    agreed: Int32[np.ndarray, "S J"]
+    path: Float64[np.ndarray, " S1"]  # log P(j), and of the whole response
+    terms: _Terms
+
+
+def read_ground(
+    student: TokenSpans,
+    scores: TeacherScores,
+    alignment: Alignment,
+    vocabulary: Symbols,
+    cuts: Cuts,
+) -> Ground:
+    """The borders of a response and the sum's terms at each. Arguments and errors as `border_masses`."""
+    proposals = _with_sampled(scores, cuts.end_of_turn)
+    response = symbols_of(scores.response)
+    places = _places(student, response, alignment, cuts)
+    agreed = agree(vocabulary, proposals.ids, response).agreed
+    path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
+    terms = _terms(places, response, proposals, agreed, path[:-1, None] + proposals.logprobs)
+    return Ground(student, vocabulary, response, places, proposals, agreed, path, terms)
+
+
 def border_masses(
     student: TokenSpans,
     scores: TeacherScores,
@@ -193,12 +242,13 @@ def border_masses(
     Linear in S * K and in the bytes on which proposals agree. Raises TeacherContractError without a top-k for
     each teacher token.
     """
-    proposals = _with_sampled(scores)
-    response = symbols_of(scores.response)
-    places = _places(student, response, alignment, cuts)
-    agreed = agree(vocabulary, proposals.ids, response).agreed
-    path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
-    terms = _terms(places, response, proposals, agreed, path[:-1, None] + proposals.logprobs)
+    return masses_of(read_ground(student, scores, alignment, vocabulary, cuts), cuts)
+
+
+def masses_of(ground: Ground, cuts: Cuts) -> Borders:
+    """Teacher masses at the borders of what was read."""
+    student, vocabulary = ground.student, ground.vocabulary
+    response, places, proposals, terms = ground.response, ground.places, ground.proposals, ground.terms
     count = len(places.offsets)
     log_v = _log_sums(terms.weight, terms.border, count)
     if cuts.identical:
@@ -223,7 +273,7 @@ def border_masses(
         log_v,
         log_m,
         np.where(start, 0.0, np.append(proposals.unseen, 0.0)[holder]),
-        _shorter(places, vocabulary, response, proposals, agreed, holder),
+        _shorter(places, vocabulary, response, proposals, ground.agreed, holder),
         behind,
         np.clip(1.0 - known, 0.0, 1.0),
     )

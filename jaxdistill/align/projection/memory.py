@@ -1,4 +1,4 @@
-"""A table from 64-bit keys to small numbers that is read and filled a whole array at a time.
+"""A table from 64-bit keys to 63-bit numbers that is read and filled a whole array at a time.
 
 Open addressing with linear probing, at most half full: a look-up costs the same however much is remembered.
 
@@ -6,7 +6,7 @@ Letters: N keys of one call.
 """
 
 import numpy as np
-from jaxtyping import Int8, Int64
+from jaxtyping import Int64
 
 _EMPTY = -1
 _FIRST_BITS = 12
@@ -14,7 +14,7 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing (Knuth, TAOCP 3, 6.
 
 
 class Memory:
-    """Remembers a value of 0..127 for each key of 0..2^63 - 1. About 18 to 36 bytes a key."""
+    """Remembers a value of 0..2^63 - 1 for each key of 0..2^63 - 1. About 32 to 64 bytes a key."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -26,12 +26,12 @@ class Memory:
     def _clear(self, bits: int) -> None:
         self._bits = bits
         self._keys = np.full(1 << bits, _EMPTY, np.int64)
-        self._values = np.zeros(1 << bits, np.int8)
+        self._values = np.zeros(1 << bits, np.int64)
 
-    def get(self, keys: Int64[np.ndarray, " N"]) -> Int8[np.ndarray, " N"]:
+    def get(self, keys: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
         """The value of each key, -1 where it is not known."""
         slots = self._home(keys)
-        values = np.full(len(keys), -1, np.int8)
+        values = np.full(len(keys), -1, np.int64)
         pending = np.arange(len(keys))
         while len(pending):
             held = self._keys[slots[pending]]
@@ -41,7 +41,7 @@ class Memory:
             slots[pending] = (slots[pending] + 1) & (len(self._keys) - 1)
         return values
 
-    def put(self, keys: Int64[np.ndarray, " N"], values: Int8[np.ndarray, " N"]) -> None:
+    def put(self, keys: Int64[np.ndarray, " N"], values: Int64[np.ndarray, " N"]) -> None:
         """Remembers keys that are new and differ from each other."""
         if 2 * (self._count + len(keys)) > len(self._keys):
             old = self._keys != _EMPTY
@@ -51,7 +51,7 @@ class Memory:
         self._insert(keys, values)
         self._count += len(keys)
 
-    def _insert(self, keys: Int64[np.ndarray, " N"], values: Int8[np.ndarray, " N"]) -> None:
+    def _insert(self, keys: Int64[np.ndarray, " N"], values: Int64[np.ndarray, " N"]) -> None:
         slots = self._home(keys)
         pending = np.arange(len(keys))
         while len(pending):

@@ -189,7 +189,7 @@ def test_the_memory_is_a_dictionary(batches: list[dict[int, int]]) -> None:
     memory, wanted = Memory(), {}
     for batch in batches:
         new = {key: value for key, value in batch.items() if key not in wanted}
-        memory.put(np.asarray(list(new), np.int64), np.asarray(list(new.values()), np.int8))
+        memory.put(np.asarray(list(new), np.int64), np.asarray(list(new.values()), np.int64))
         wanted.update(new)
         both = [*wanted, *(key ^ 1 for key in wanted)]
         got = memory.get(np.asarray(both, np.int64))
@@ -204,7 +204,7 @@ def test_the_memory_is_as_quick_when_it_is_full() -> None:
     for part in parts:
         begin = time.process_time()
         for few in np.split(part, range(500, len(part), 500)) if len(part) == 10_000 else [part]:
-            memory.put(few, (few % 128).astype(np.int8))
+            memory.put(few, (few % 128).astype(np.int64))
         seconds.append(time.process_time() - begin)
     assert (memory.get(keys) == keys % 128).all() and len(memory) == len(keys)
     assert (memory.get(keys + 1)[np.diff(keys, append=0) != 1] == -1).all()
