@@ -63,7 +63,8 @@ class _Context(NamedTuple):
 
 _NO_CONTEXT = _Context(b"", 0, b"")
 _BLANK = 0x20
-_OPEN = 256  # in the place of a last byte: the token before the border depends on what follows
+# In the place of a last byte: the token before the border depends on what follows; there is none.
+_OPEN, _START = 256, 257
 
 
 class Cuts:
@@ -81,10 +82,10 @@ class Cuts:
         vocabulary = teacher.spans(np.arange(teacher.vocab_size, dtype=np.int32))
         self._data, self._starts, self._ends = vocabulary.data, vocabulary.starts, vocabulary.ends
         self._first = np.frombuffer(self._data + b"\0", np.uint8)
-        self._joined = np.append(_joined_bytes(student), np.ones(256, bool))
+        self._joined = np.concatenate([_joined_bytes(student), np.ones(256, bool), np.zeros(256, bool)])
         # Bytes that end a word, a number or a sign in ASCII: a space behind them begins a pre-token.
-        self._solid = np.asarray([0x21 <= byte < 0x7F for byte in range(_OPEN + 1)])
-        self._lonely = ~self._joined.reshape(257, 256).any(axis=1)
+        self._solid = np.asarray([0x21 <= byte < 0x7F for byte in range(_START + 1)])
+        self._lonely = ~self._joined.reshape(258, 256).any(axis=1)
         ranked = student.token_bytes(np.arange(student.vocab_size, dtype=np.int32))
         order = sorted((piece, rank) for rank, piece in enumerate(ranked) if piece)
         self._pieces = [piece for piece, _ in order]
@@ -95,7 +96,7 @@ class Cuts:
     def _forget(self) -> None:
         self._contexts: dict[_Context, int] = {_NO_CONTEXT: 0}
         self._names = [_NO_CONTEXT]  # in the order of their numbers
-        self._beside = array("h", [_OPEN, -1])  # bytes beside each border, -1 where not known
+        self._beside = array("h", [_START, -1])  # bytes beside each border, -1 where not known
         self._of_token = np.full(self._student.vocab_size, -1, np.int32)  # contexts of one token
         self._continuations: dict[tuple[bytes, int], bytes] = {}
         self._answers = Memory()
@@ -129,7 +130,7 @@ class Cuts:
         numbers = []
         for number, rest in zip(contexts.tolist(), self._rests(tokens, offsets), strict=True):
             before, last, after = self._names[number]
-            numbers.append(self._number(_Context(before, last, after + rest)) if number else 0)
+            numbers.append(self._number(_Context(before, last, after + rest)))
         return np.asarray(numbers, np.int32)
 
     def _rests(self, tokens: Int32[np.ndarray, " N"], offsets: Int64[np.ndarray, " N"]) -> list[bytes]:
@@ -140,7 +141,7 @@ class Cuts:
         number = self._contexts.setdefault(context, len(self._contexts))
         if number == len(self._names):
             self._names.append(context)
-            last = _OPEN if _is_open(context.before) else context.before[-1]
+            last = _OPEN if _is_open(context.before) else (context.before or [_START])[-1]
             self._beside.extend((last, context.after[0] if context.after else -1))
         return number
 
@@ -150,7 +151,7 @@ class Cuts:
     def always(self, contexts: Int32[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
         """Whether the student cuts at each context's border whatever follows."""
         before, _ = self._bytes_beside(contexts)
-        return (contexts == 0) | self._lonely[before]
+        return self._lonely[before]
 
     def at(
         self,
@@ -169,7 +170,7 @@ class Cuts:
         places[nothing] = len(self._data)
         before, after = self._bytes_beside(contexts)
         follows = np.where(after >= 0, after, self._first[places])
-        asked = (contexts > 0) & ((after >= 0) | ~nothing)
+        asked = (after >= 0) | ~nothing
         asked &= self._joined[before * 256 + follows]
         answers = np.ones((2, len(contexts)), bool)
         at = np.flatnonzero(asked)

@@ -36,8 +36,8 @@ the whole path: log M is finite, whatever the top-k. On other cuts no string kee
 Where both sides have one tokenizer, M is the path's own probability: the response's tokens are the teacher's.
 V = kappa = 1 at the start. Everything stays in logarithms, and V never grows along the response.
 
-Letters: R student tokens, S teacher tokens, K proposals at each, J proposals: K, the sampled token, and the end
-of turn where it is known, E borders, Q pairs of a proposal and a border it reaches, N continuations asked for.
+Letters: R student tokens, S teacher tokens, K proposals at each, J proposals: K, the sampled token, and the
+end of turn where it is known, E borders, Q pairs of a proposal and a border it reaches, N continuations.
 """
 
 from dataclasses import dataclass
