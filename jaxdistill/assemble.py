@@ -25,6 +25,7 @@ from jaxdistill.optimizer import learning_rate, make_optimizer
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import open_run_folder
 from jaxdistill.samplers import LocalSampler
+from jaxdistill.scoring import Scoring
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import read_config
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, TeacherConfig, Teachers, build_all
@@ -50,8 +51,17 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state = initial_state(inputs.decoder, optimizer, inputs.mesh)
+        judge = None if teachers is None else Scoring(teachers, inputs.tokenizer, Stopwatch())
         policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
-        scorer = teachers if config.objective.needs_teacher else None
+        scoring = None
+        if teachers is not None and config.objective.needs_teacher:
+            scoring = Scoring(
+                teachers,
+                inputs.tokenizer,
+                stopwatch,
+                signal=config.objective.signal,
+                parts=config.objective.needs,
+            )
         sampler = policy if config.objective.on_policy else inputs.references
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
@@ -69,10 +79,8 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             prompts=inputs.prompts,
             policy=policy,
             teachers=teachers,
-            collect=Collector(
-                sampler, scorer, config.objective.signal, config.buckets, inputs.mesh, stopwatch
-            ),
-            evaluator=Evaluator(config.eval, inputs.heldout, teachers, config.run.steps, rows),
+            collect=Collector(sampler, scoring, config.buckets, inputs.mesh, stopwatch),
+            evaluator=Evaluator(config.eval, inputs.heldout, judge, config.run.steps, rows),
             checkpoints=checkpoints,
             metrics=metrics,
             samples=SampleLog(folder),

@@ -9,10 +9,9 @@ from jaxdistill.batch import Batch
 from jaxdistill.metrics import Stopwatch
 from jaxdistill.packing import pack
 from jaxdistill.parallel.rules import padded_rows, place_batch
-from jaxdistill.records import Prompt, Rollout, Signal
+from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers import Sampler
-from jaxdistill.scoring import Scored, score
-from jaxdistill.teachers import Teachers
+from jaxdistill.scoring import Scored, Scoring
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,10 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """The host path of a batch. Without teachers (`sft`) rows carry no teacher signal."""
+    """The host path of a batch. Without `scoring` (`sft`) rows carry no teacher signal."""
 
     sampler: Sampler
-    teachers: Teachers | None
-    signal: Signal
+    scoring: Scoring | None
     buckets: Sequence[int]
     mesh: Mesh
     stopwatch: Stopwatch
@@ -38,9 +36,7 @@ class Collector:
     def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
         with self.stopwatch.stage("rollout"):
             rollouts = self.sampler.sample(prompts, version)
-        scored = None
-        if self.teachers is not None:
-            scored = score(self.teachers, rollouts, self.signal, self.stopwatch)
+        scored = None if self.scoring is None else self.scoring(rollouts)
         with self.stopwatch.stage("pack"):
             rows = padded_rows(len(rollouts), self.mesh)
             targets = [None] * len(rollouts) if scored is None else scored.targets

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine(config: RunConfig) -> None:
     """Print what is found, part by part. A teacher in trouble does not keep the others from being asked;
     the first trouble is raised at the end, for its exit code."""
-    student = Side.load(config.student.path, config.student.roles)
+    student = Side.load(config.student.path, config.student.roles, config.student.chat_template)
     say(student.lines("student"))
     inputs = read_inputs(config)  # all that a run reads, with its checks
     rows = read_prompts(config.data.path)
@@ -65,7 +65,7 @@ def examine(config: RunConfig) -> None:
 
 def examine_teacher(settings: TeacherConfig, student: Side, prompts: int) -> None:
     """One teacher: who it is, whether it is believed, how fast it is, and how its tokens fit."""
-    side = Side.load(settings.tokenizer_path, settings.roles)
+    side = Side.load(settings.tokenizer_path, settings.roles, settings.chat_template)
     say(["", *side.lines(f"teacher {settings.name}"), f"  scores {prompts:,} of the prompts"])
     begin = time.perf_counter()
     # Its questions are no part of a recording.

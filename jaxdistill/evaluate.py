@@ -10,11 +10,10 @@ from pydantic import Field
 from jaxdistill.align import alignment_rows
 from jaxdistill.batch import Mean
 from jaxdistill.config import StrictConfig
-from jaxdistill.metrics import Sample, Stopwatch
+from jaxdistill.metrics import Sample
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers import Sampler
-from jaxdistill.scoring import Scored, distillation_metrics, response_kl, score
-from jaxdistill.teachers import Teachers
+from jaxdistill.scoring import Scored, Scoring, distillation_metrics, response_kl
 
 ScorerName = Literal["exact", "final_line"]
 
@@ -51,7 +50,7 @@ class Evaluator:
 
     config: EvalConfig
     prompts: Sequence[Prompt]
-    teachers: Teachers | None
+    scoring: Scoring | None
     steps: int
     group: int
 
@@ -66,9 +65,9 @@ class Evaluator:
         marked = [mark for mark in correct if mark is not None]
         metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
         scored = None
-        if self.teachers is not None:
-            scored = score(self.teachers, rollouts, "chunk", Stopwatch())
-            metrics |= distillation_metrics(scored, list(self.teachers.members))
+        if self.scoring is not None:
+            scored = self.scoring(rollouts)
+            metrics |= distillation_metrics(scored, list(self.scoring.teachers.members))
         return Evaluation(metrics, samples_of(rollouts, scored, correct), scored)
 
     def _mark(self, rollout: Rollout) -> bool | None:

@@ -55,6 +55,8 @@ def export(run: Path, step: int | None, out: Path) -> int:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_decoder(nnx.merge(graphdef, params), fresh, source=source)
+    if config.student.chat_template is not None:  # what it learned to read is part of the model
+        shutil.copyfile(config.student.chat_template, fresh / "chat_template.jinja")
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")
     if out.exists():
         out.rename(old)

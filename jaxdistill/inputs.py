@@ -36,7 +36,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     mesh = make_mesh(config.mesh)
     compute_dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
     decoder = load_decoder(config.student.path, mesh=mesh, compute_dtype=compute_dtype)
-    tokenizer = Tokenizer.load(config.student.path, roles=config.student.roles)
+    tokenizer = Tokenizer.load(
+        config.student.path, roles=config.student.roles, chat_template=config.student.chat_template
+    )
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ConfigError(
             f"student.path={config.student.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "

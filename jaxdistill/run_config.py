@@ -1,5 +1,6 @@
 """The configuration of a whole run: the components' configs joined, and what must hold between them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -13,9 +14,16 @@ from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
+from jaxdistill.records import Part
 from jaxdistill.samplers import RolloutConfig
-from jaxdistill.teachers import ServedSettings, TeacherConfig
+from jaxdistill.teachers import EmbeddedConfig, ServedSettings, TeacherConfig
 
+# What each optional part of the targets needs of a teacher's settings: the key, a value for it, and in words.
+_ASKED: Mapping[Part, tuple[str, str, str]] = {
+    "projection": ("top_k", "16", "the teacher's most likely tokens"),
+    "shared": ("top_k", "16", "the teacher's most likely tokens"),
+    "end": ("end_logprobs", "true", "the log-probability of the end of turn"),
+}
 _METRIC_GROUPS = frozenset({"eval", "seconds"})
 
 
@@ -30,10 +38,12 @@ class RunSection(StrictConfig):
 
 class StudentConfig(StrictConfig):
     """The model that learns: a folder in Hugging Face format. `roles` overrides which token
-    plays which role, e.g. {end_of_turn: "<|im_end|>"}."""
+    plays which role, e.g. {end_of_turn: "<|im_end|>"}; `chat_template` is a Jinja file in place of the
+    folder's own (configs/templates/completion.jinja: plain text, for base models)."""
 
     path: str
     roles: dict[str, str] = Field(default_factory=dict)
+    chat_template: Path | None = None
 
 
 class RunConfig(StrictConfig):
@@ -79,6 +89,31 @@ class RunConfig(StrictConfig):
             )
         self.objective.check_temperature(self.rollout.temperature)
         return self
+
+    @model_validator(mode="after")
+    def _nothing_left_open(self) -> "RunConfig":
+        """What hangs on another section is settled here, so that the run's config.yaml says all of it."""
+        teachers = tuple(self._with_tokenizer(one) for one in self.all_teachers)
+        objective = self.objective.resolved(top_k=bool(teachers) and all(one.top_k for one in teachers))
+        for part, (key, value, what) in _ASKED.items():
+            lacking = [one.name for one in teachers if not getattr(one, key)]
+            if part in objective.needs and lacking:
+                raise ValueError(
+                    f"objective.kind={self.objective.kind} reads {what}, which teacher {lacking[0]!r} is not "
+                    f"asked for; set its {key}={value}"
+                )
+        values = {"objective": objective}
+        values |= {"teacher": teachers[0]} if self.teacher is not None else {"teachers": teachers}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the models are frozen for everybody else
+        return self
+
+    def _with_tokenizer(self, teacher: TeacherConfig) -> TeacherConfig:
+        """A served teacher that names no tokenizer is taken to have the student's; a server whose
+        vocabulary differs is found before the first step."""
+        if isinstance(teacher, EmbeddedConfig) or teacher.tokenizer is not None:
+            return teacher
+        return teacher.model_copy(update={"tokenizer": self.student.path})
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:

@@ -1,6 +1,6 @@
 """Rollouts through the teacher and the aligner, and what the result says of the student.
 
-Letters: R student response tokens, S teacher response tokens.
+Letters: R student response tokens, S teacher response tokens, K proposals.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.align import align, project
+from jaxdistill.align.projection import Projector
+from jaxdistill.align.shared import end_of_turn, matching_ids, shared_topk
 from jaxdistill.batch import Mean
 from jaxdistill.metrics import Stopwatch
-from jaxdistill.records import Alignment, Rollout, Signal, Targets, TeacherScores
+from jaxdistill.records import Alignment, Part, Rollout, Signal, Targets, TeacherScores
 from jaxdistill.teachers import Teachers
+from jaxdistill.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,62 @@ class Scored:
         )
 
 
-def score(teachers: Teachers, rollouts: Sequence[Rollout], signal: Signal, stopwatch: Stopwatch) -> Scored:
-    """Ask the teachers, and carry their scores to the student's tokens."""
-    with stopwatch.stage("teacher"):
-        scores = teachers.score(rollouts)
-    with stopwatch.stage("align"):
-        alignments = [align(r.response, s.response) for r, s in zip(rollouts, scores, strict=True)]
-        targets = [
-            replace(
-                project(s, a, signal=signal),
-                weight=teachers.weights[s.teacher],
-                same_vocabulary=teachers.same_vocabulary(r, s),
-            )
-            for r, s, a in zip(rollouts, scores, alignments, strict=True)
-        ]
-    return Scored(rollouts, scores, alignments, targets)
+class Scoring:
+    """Asks the teachers about responses and carries what they say to the student's tokens."""
+
+    def __init__(
+        self,
+        teachers: Teachers,
+        student: Tokenizer,
+        stopwatch: Stopwatch,
+        *,
+        signal: Signal = "chunk",
+        parts: frozenset[Part] = frozenset(),
+    ):
+        """`parts`: which optional parts the targets get. What a pair of vocabularies needs for them is built
+        here, once a teacher. The arrays have one column for each of the most proposals a teacher is asked
+        for, and one for the token it read."""
+        self.teachers = teachers
+        self._stopwatch = stopwatch
+        self._signal: Signal = signal
+        self._parts = parts
+        self._columns = 1 + max(one.top_k for one in teachers.routes.settings)
+        members = teachers.members.items()
+        self._projectors = {
+            name: Projector(student, member.tokenizer, candidates=self._columns)
+            for name, member in members
+            if "projection" in parts
+        }
+        self._matches = {
+            name: matching_ids(student, member.tokenizer) for name, member in members if "shared" in parts
+        }
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Scored:
+        """All rollouts with scores, alignments and targets, in the order given. Raises what the teachers
+        raise, and `TeacherContractError` for scores without what a part needs."""
+        with self._stopwatch.stage("teacher"):
+            scores = self.teachers.score(rollouts)
+        with self._stopwatch.stage("align"):
+            alignments = [align(r.response, s.response) for r, s in zip(rollouts, scores, strict=True)]
+            targets = [self._targets(r, s, a) for r, s, a in zip(rollouts, scores, alignments, strict=True)]
+        return Scored(rollouts, scores, alignments, targets)
+
+    def _targets(self, rollout: Rollout, scores: TeacherScores, alignment: Alignment) -> Targets:
+        parts, name = self._parts, scores.teacher
+        return replace(
+            project(scores, alignment, signal=self._signal),
+            weight=self.teachers.weights[name],
+            same_vocabulary=self.teachers.same_vocabulary(rollout, scores),
+            projection=(
+                self._projectors[name](rollout.response, scores, alignment) if "projection" in parts else None
+            ),
+            shared=(
+                shared_topk(scores, alignment, self._matches[name], self._columns)
+                if "shared" in parts
+                else None
+            ),
+            end=end_of_turn(scores, alignment) if "end" in parts else None,
+        )
 
 
 def distillation_metrics(scored: Scored, teachers: Sequence[str] = ()) -> dict[str, Mean]:
@@ -120,6 +164,31 @@ def _figures(scored: Scored) -> dict[str, Mean]:
         "finished_fraction": Mean(finished, rows),
         "response_tokens": Mean(tokens, rows),
         "unscored_fraction": Mean(unscored, rows),
+        **_projection_figures(scored),
+    }
+
+
+def _projection_figures(scored: Scored) -> dict[str, Mean]:
+    """Of targets with a projection: the share of student tokens that have one, of these the share whose own
+    token nothing seen leads to, and the mean teacher probability beyond the listed tokens."""
+    found = [
+        (s, target.projection)
+        for s, target in zip(scored.scores, scored.targets, strict=True)
+        if target.projection is not None and s.unscored is None
+    ]
+    if not found:
+        return {}
+    tokens = float(sum(len(projection.mask) for _, projection in found))
+    projected = float(sum(projection.mask.sum() for _, projection in found))
+    floored = float(sum((projection.floored & projection.mask).sum() for _, projection in found))
+    listed = sum(
+        float(np.exp(projection.logprobs[projection.mask].astype(np.float64)).sum())
+        for _, projection in found
+    )
+    return {
+        "projected_fraction": Mean(projected, tokens),
+        "floored_fraction": Mean(floored, projected),
+        "unlisted_mass": Mean(projected - listed, projected),
     }
 
 

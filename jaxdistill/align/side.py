@@ -17,10 +17,10 @@ class Side:
     roles: Mapping[str, str]
 
     @classmethod
-    def load(cls, path: str, overrides: Mapping[str, str]) -> "Side":
-        """Reads the folder or hub id at `path`; `overrides` and errors as in `Tokenizer.load`."""
-        files = read_files(path)
-        tokenizer = Tokenizer(files, overrides or None)
+    def load(cls, path: str, roles: Mapping[str, str], chat_template: str | Path | None = None) -> "Side":
+        """Reads the folder or hub id at `path`; the rest, and errors, as in `Tokenizer.load`."""
+        files = read_files(path, chat_template)
+        tokenizer = Tokenizer(files, roles or None)
         strings = {entry["id"]: entry["content"] for entry in files.document.get("added_tokens") or []}
         shown = {role: strings.get(index, f"id {index}") for role, index in tokenizer.roles.items()}
         return cls(path, tokenizer, shown)

@@ -55,6 +55,10 @@ class ObjectiveSettings(StrictConfig):
         """The optional parts of a batch this objective reads."""
         return frozenset()
 
+    def resolved(self, *, top_k: bool) -> "ObjectiveSettings":
+        """These settings with nothing left open, where the teachers' `top_k` is known to be there or not."""
+        return self
+
     def check_temperature(self, temperature: float) -> None:
         """Raise `ValueError` if the objective means nothing for rows sampled at `temperature`."""
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from jaxdistill.config import StrictConfig
+from jaxdistill.errors import ConfigError
 from jaxdistill.text import Tokenizer
 
 
@@ -22,6 +23,9 @@ class TeacherSettings(StrictConfig):
     )
     tokenizer: str | None = Field(default=None, description="folder or hub id of the teacher's tokenizer")
     roles: dict[str, str] = Field(default_factory=dict, description="role -> token, where not derivable")
+    chat_template: Path | None = Field(
+        default=None, description="a Jinja file in place of the tokenizer's own chat template"
+    )
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to the chat template")
     sources: tuple[str, ...] = Field(
         default=(), description="several teachers: the prompts' sources this one scores"
@@ -45,13 +49,15 @@ class TeacherSettings(StrictConfig):
 
     @property
     def tokenizer_path(self) -> str:
-        """Folder or hub id of the teacher's tokenizer."""
-        assert self.tokenizer is not None, "a kind whose tokenizer may be left out says what stands for it"
+        """Folder or hub id of the teacher's tokenizer. Raises `ConfigError` where none is named, and no run
+        says whose to take."""
+        if self.tokenizer is None:
+            raise ConfigError(f"teacher {self.name!r} names no tokenizer; set tokenizer= to its model's own")
         return self.tokenizer
 
     def load_tokenizer(self) -> Tokenizer:
         """The teacher's tokenizer. Raises `ConfigError` where it cannot be loaded."""
-        return Tokenizer.load(self.tokenizer_path, roles=self.roles or None)
+        return Tokenizer.load(self.tokenizer_path, roles=self.roles or None, chat_template=self.chat_template)
 
 
 class ServedSettings(TeacherSettings):
@@ -115,7 +121,11 @@ class SGLangConfig(ServedSettings):
 
     kind: Literal["sglang"] = "sglang"
     endpoint: str | tuple[str, ...] = Field(description="URL of the server, or a list of replicas")
-    tokenizer: str = Field(min_length=1, description="folder or hub id of the served model's own tokenizer")
+    tokenizer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or hub id of the served model's own tokenizer (default: the student's)",
+    )
     api_key_env: str | None = Field(
         default=None, description="name of the environment variable with the API key"
     )
@@ -165,7 +175,11 @@ class ReplayConfig(TeacherSettings):
 
     kind: Literal["replay"] = "replay"
     path: Path = Field(description="the folder another run recorded into")
-    tokenizer: str = Field(min_length=1, description="folder or hub id of the recorded teacher's tokenizer")
+    tokenizer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or hub id of the recorded teacher's tokenizer (default: the student's)",
+    )
 
 
 TeacherConfig = Annotated[SGLangConfig | EmbeddedConfig | ReplayConfig, Field(discriminator="kind")]

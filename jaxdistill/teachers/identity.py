@@ -140,7 +140,7 @@ def check_tokenizer(
             raise ConfigError(
                 f"teacher.tokenizer ({tokenizer.where}) is not that of the model served at {where}: of "
                 f"{len(ids)} ids {len(wrong)} stand for other texts ({'; '.join(wrong[:3])}); set "
-                "teacher.tokenizer to the served model's own"
+                "teacher.tokenizer to the served model's own (where it is left out, the student's is taken)"
             )
     return True
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,24 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def read_files(path: str) -> TokenizerFiles:
-    """Reads the tokenizer of a folder or hub id.
+def read_files(path: str, chat_template: str | Path | None = None) -> TokenizerFiles:
+    """Reads the tokenizer of a folder or hub id. The file `chat_template` stands in for its chat templates.
 
     Raises ConfigError when the folder, its tokenizer.json, or valid JSON is missing, or it cannot be read.
     """
     try:
-        return _read(locate(path))
+        files = _read(locate(path))
     except OSError as error:  # a name longer than the system allows, a file nobody may read
         raise ConfigError(
             f"{path[:100]}{'...' if len(path) > 100 else ''}: cannot be read ({error.strerror}); expected a "
             "readable folder with tokenizer.json, or a hub id"
         ) from error
+    if chat_template is None:
+        return files
+    try:
+        return replace(files, templates={"default": _read_text(Path(chat_template).expanduser())})
+    except OSError as error:
+        raise ConfigError(f"chat_template={chat_template}: cannot be read ({error.strerror})") from error
 
 
 def _read(folder: Path) -> TokenizerFiles:

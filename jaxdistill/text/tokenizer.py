@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,13 +111,20 @@ class Tokenizer:
         self._content = ContentEncoder(files.document, self._table, self._role_of_id != 0, files.where)
 
     @classmethod
-    def load(cls, path: str, *, roles: Mapping[str, str] | None = None) -> "Tokenizer":
+    def load(
+        cls,
+        path: str,
+        *,
+        roles: Mapping[str, str] | None = None,
+        chat_template: str | Path | None = None,
+    ) -> "Tokenizer":
         """Loads from a folder with tokenizer.json, or from a hub id. Never runs code from there.
 
-        `roles` overrides which token (by its string) plays a role. Raises ConfigError for a missing
+        `roles` overrides which token (by its string) plays a role, `chat_template` (a Jinja file) what the
+        folder says of chats. Raises ConfigError for a missing
         folder, an unknown role or token, or a tokenizer whose bytes cannot be known.
         """
-        return cls(read_files(str(path)), roles)
+        return cls(read_files(str(path), chat_template), roles)
 
     @property
     def family(self) -> str:
