@@ -18,7 +18,7 @@ from jaxdistill.config import dump
 from jaxdistill.evaluate import Evaluator
 from jaxdistill.inputs import read_inputs
 from jaxdistill.loop import Run
-from jaxdistill.losses import OBJECTIVES
+from jaxdistill.losses import Vocabularies, build_objective
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
@@ -43,7 +43,8 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         compiles = CompileCounter()
         stack.callback(compiles.close)
         stopwatch = Stopwatch(lambda: compiles.programs)
-        objective = OBJECTIVES[config.objective.kind](config.objective)
+        theirs = () if teachers is None else tuple(one.tokenizer for one in teachers.members.values())
+        objective = build_objective(config.objective, Vocabularies(inputs.tokenizer, theirs))
         folder = stack.enter_context(open_run_folder(config.run.dir, dump(config), config.run.steps))
         write_manifest(folder, config, inputs, teachers)
         schedule = learning_rate(config.optimizer, config.run.steps)

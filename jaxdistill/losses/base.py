@@ -3,8 +3,10 @@
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.config import StrictConfig
-from jaxdistill.losses.head import Sums, tile_length, tile_objective
+from jaxdistill.losses.head import row_statistics, tile_length, tile_objective
 from jaxdistill.records import Part, Signal
+from jaxdistill.text import Tokenizer
+
+Metrics = dict[str, Mean]  # inside a tile their parts are [B, C], one for each position
+TokenLogprobs = Callable[[Int32[Array, "B T"]], Float32[Array, "B T"]]
 
 
 @jax.tree_util.register_dataclass
@@ -21,13 +27,13 @@ from jaxdistill.records import Part, Signal
 class Prepared:
     """What is known of a batch before the student's forward pass.
 
-    `targets` is a pytree of [B, T] arrays in the order of the head's positions: entry t belongs to
+    `targets` is a pytree of [B, T, ...] arrays in the order of the head's positions: entry t belongs to
     the prediction made AT t, of token t+1. `weight` is what the summed objective is divided by.
     """
 
     targets: Any
     weight: Float32[Array, ""]
-    metrics: dict[str, Mean]
+    metrics: Metrics
 
 
 @jax.tree_util.register_dataclass
@@ -36,19 +42,32 @@ class LossOutput:
     """The objective to minimise and its metrics; every one a `Mean` over the global batch."""
 
     objective: Mean
-    metrics: dict[str, Mean]
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The tokenizers of a run, for an objective that must know what ids stand for."""
+
+    student: Tokenizer
+    teachers: tuple[Tokenizer, ...]
 
 
 class ObjectiveSettings(StrictConfig):
-    """What the rest of a run asks an objective's config.
+    """What the rest of a run asks an objective's config. `signal`: which chunks carry the teacher's
+    signal."""
 
-    `needs_teacher`: rows must be scored. `on_policy`: responses are sampled, else they are the data's
-    references. `signal`: which chunks carry the teacher's signal.
-    """
-
-    needs_teacher: ClassVar[bool]
-    on_policy: ClassVar[bool]
     signal: Signal = "chunk"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Rows must be scored."""
+        return True
+
+    @property
+    def on_policy(self) -> bool:
+        """Responses are sampled, else they are the data's references."""
+        return True
 
     @property
     def needs(self) -> frozenset[Part]:
@@ -56,28 +75,58 @@ class ObjectiveSettings(StrictConfig):
         return frozenset()
 
     def resolved(self, *, top_k: bool) -> "ObjectiveSettings":
-        """These settings with nothing left open, where the teachers' `top_k` is known to be there or not."""
+        """Itself with every `auto` decided; `top_k`: all teachers say their most likely next tokens."""
         return self
 
     def check_temperature(self, temperature: float) -> None:
         """Raise `ValueError` if the objective means nothing for rows sampled at `temperature`."""
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """An objective that is a sum over tokens with weights known beforehand.
+@dataclass(frozen=True)
+class Objective[ConfigT: ObjectiveSettings](ABC):
+    """An objective that is a sum over positions with weights known beforehand: one pass over the head, 6NDV
+    FLOPs.
 
-    `prepare` sees the whole batch; `tile` sees float32 logits [B, C, V] of some positions with their
-    slice of the targets and returns the sum to minimise and the sums of metrics by name.
+    `prepare` sees the whole batch; `tile` sees float32 logits [B, C, V] of some positions with their slice of
+    the targets, and gives each position's part of the sum to minimise and of each metric. Where the targets
+    say nothing (all zero) it gives zeros.
     """
 
+    config: ConfigT
+
+    @classmethod
+    def build(cls, config: ConfigT, vocabularies: Vocabularies) -> "Objective":
+        """The objective of a config; most need nothing else. Raises `ConfigError` if it cannot be built for
+        these vocabularies."""
+        return cls(config)
+
+    @abstractmethod
     def prepare(self, batch: Batch) -> Prepared: ...
 
-    def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, ""], Sums]: ...
+    @abstractmethod
+    def tile(
+        self, logits: Float32[Array, "B C V"], targets: Any
+    ) -> tuple[Float32[Array, "B C"], Metrics]: ...
+
+
+@runtime_checkable
+class SequenceObjective(Protocol):
+    """An objective that is not a sum over positions, such as a function of a chunk's sum.
+
+    Its gradient is that of its linear part at the log-probabilities the student gives its tokens now. They
+    are known after a forward pass over the head (2NDV FLOPs); `linearise` puts the value and the derivative
+    at each token into the targets, and `tile` takes it from there: 8NDV together, as much as recomputing the
+    logits in a backward pass, with the exact gradient.
+    """
+
+    def linearise(self, targets: Any, logprobs: TokenLogprobs) -> Any:
+        """The targets `tile` reads. `logprobs(tokens)` gives log p(tokens[b, t]) as predicted at t, without
+        gradient; the pass is only made if it is called."""
+        ...
 
 
 def evaluate_objective(
-    objective: Objective,
+    objective: Objective[Any],
     prepared: Prepared,
     hidden: Float[Array, "B T D"],
     embedding: Float[Array, "V D"],
@@ -87,21 +136,49 @@ def evaluate_objective(
     """Run `objective` through the tiled head; differentiable in `hidden` and `embedding`. `row_shards`
     is over how many devices the rows are split: a tile is sized for the rows of one."""
     rows, length = hidden.shape[:2]
+
+    def logprobs(tokens: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
+        now = jax.lax.stop_gradient((hidden, embedding))
+        none = jnp.zeros((rows, 0), jnp.int32)
+        return row_statistics(*now, tokens, top_k=0, chosen=none, row_shards=row_shards).logprob
+
+    targets = prepared.targets
+    if isinstance(objective, SequenceObjective):
+        targets = objective.linearise(targets, logprobs)
     width = tile_length(-(-rows // row_shards), length, embedding.shape[0])
-    total, sums = tile_objective(objective.tile, width, hidden, embedding, prepared.targets)
+    total, metrics = tile_objective(objective.tile, width, hidden, embedding, targets)
     weight = jnp.where(prepared.weight > 0, prepared.weight, 1.0)  # an empty batch is zero, not NaN
-    metrics = {name: Mean(value, prepared.weight) for name, value in sums.items()}
     return LossOutput(Mean(total, weight), metrics | prepared.metrics)
 
 
 def predicted(x: Array) -> Array:
-    """[B, T] per-token values -> the order of the head's positions: position t predicts token t+1.
+    """[B, T, ...] per-token values -> the order of the head's positions: position t predicts token t+1.
 
     The last position predicts nothing and gets zero (false)."""
-    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    return jnp.pad(x[:, 1:], [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
 
 
-def token_logprobs(
+def learning(batch: Batch) -> Bool[Array, "B T"]:
+    """The response tokens of rows that count."""
+    return batch.response_mask & (batch.weight > 0)[:, None]
+
+
+def row_weights(batch: Batch) -> Float32[Array, "B T"]:
+    """Each row's weight, on all its tokens."""
+    return jnp.broadcast_to(batch.weight[:, None], batch.tokens.shape)
+
+
+def required[PartT](part: PartT | None, name: Part) -> PartT:
+    """An optional part of the batch. Raises `ValueError` where it is not there."""
+    if part is None:
+        raise ValueError(
+            f"this objective reads batch.{name}, but the batch was made without it; pack targets that have "
+            "it: `needs` of the objective's config names them"
+        )
+    return part
+
+
+def logprob_and_entropy(
     logits: Float32[Array, "B C V"], tokens: Int32[Array, "B C"]
 ) -> tuple[Float32[Array, "B C"], Float32[Array, "B C"]]:
     """The tokens' natural-log probabilities, and the entropy of each position (nats)."""
@@ -113,3 +190,10 @@ def token_logprobs(
 def masked_sum(values: Float32[Array, "B C"], mask: Bool[Array, "B C"]) -> Float32[Array, ""]:
     """Sum where `mask`; elsewhere nothing is read, so not even a NaN there reaches the sum."""
     return jnp.sum(jnp.where(mask, values, 0.0))
+
+
+def masked_mean(
+    values: Float32[Array, "B C"], mask: Bool[Array, "B C"], weight: Float32[Array, "B C"]
+) -> Mean:
+    """The weighted mean where `mask`, its two sums not yet taken: the form of a metric in a tile."""
+    return Mean(jnp.where(mask, weight * values, 0.0), jnp.where(mask, weight, 0.0))

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-Credit = Literal["lookahead", "broadcast", "uniform", "proportional"]
+ChunkCredit = Literal["lookahead", "broadcast", "uniform", "proportional"]
 
 
 def token_advantages(
-    credit: Credit,
+    credit: ChunkCredit,
     *,
     chunk_of_token: Int32[Array, "B T"],
     teacher_logprob: Float32[Array, "B T"],

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 Targets = Any  # a pytree of arrays [B, T, ...], constant under differentiation
-Sums = dict[str, Float32[Array, ""]]
-TileObjective = Callable[[Float32[Array, "B C V"], Targets], tuple[Float32[Array, ""], Sums]]
+Metrics = Any  # a pytree of arrays [B, C] in a tile, of scalars once summed
+TileObjective = Callable[[Float32[Array, "B C V"], Targets], tuple[Float32[Array, "B C"], Metrics]]
 
 TILE_LOGITS = 2**24  # logits of a tile on one device: 64 MiB in float32
 
@@ -38,32 +38,37 @@ def tile_objective(
     hidden: Float[Array, "B T D"],
     embedding: Float[Array, "V D"],
     targets: Targets,
-) -> tuple[Float32[Array, ""], Sums]:
-    """Sum `objective(logits, targets)` over the tiles; differentiable in `hidden` and `embedding`.
+) -> tuple[Float32[Array, ""], Metrics]:
+    """Sum `objective(logits, targets)` over positions and tiles; differentiable in `hidden` and `embedding`.
 
-    `objective` must be a sum over positions with everything else known beforehand: it sees the float32
-    logits of a tile of `width` positions and the tile's slice of `targets`. A last tile that is not full
-    is filled up with zeros, and zero targets must add nothing. Returns the total and the sums of its metrics,
-    which carry no gradient.
+    `objective` gives each position's value and metrics, with everything else known beforehand: it sees the
+    float32 logits of a tile of `width` positions and the tile's slice of `targets`. A last tile that is not
+    full is filled up with zeros, and zero targets must give zeros. Returns the totals; those of the metrics
+    carry no gradient.
     """
-    step = lambda carry, tile: (  # noqa: E731
-        jax.tree.map(jnp.add, carry, objective(_logits(tile[0], embedding), tile[1])),
-        None,
-    )
+
+    def step(carry: Any, tile: tuple[Array, Targets]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, total(tile)), None
+
+    def total(tile: tuple[Array, Targets]) -> Any:
+        return _summed(objective, _logits(tile[0], embedding), tile[1])
+
     tiles = _tiles(hidden, targets, width)
     zero = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(
-            lambda tile: objective(_logits(tile[0], embedding), tile[1]), jax.tree.map(lambda x: x[0], tiles)
-        ),
+        jax.eval_shape(total, jax.tree.map(lambda x: x[0], tiles)),
     )
     return jax.lax.scan(step, zero, tiles)[0]
 
 
+def _summed(objective: TileObjective, logits: Array, targets: Targets) -> tuple[Array, Metrics]:
+    return jax.tree.map(jnp.sum, objective(logits, targets))
+
+
 def _forward(
     objective: TileObjective, width: int, hidden: Array, embedding: Array, targets: Targets
-) -> tuple[tuple[Array, Sums], tuple[Array, Array, Targets]]:
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+) -> tuple[tuple[Array, Metrics], tuple[Array, Array, Targets]]:
+    value_and_grad = jax.value_and_grad(partial(_summed, objective), has_aux=True)
 
     def step(d_embedding: Array, tile: tuple[Array, Targets]) -> tuple[Array, tuple[Array, Any]]:
         h, t = tile
@@ -83,7 +88,7 @@ def _backward(
     objective: TileObjective,
     width: int,
     residuals: tuple[Array, Array, Targets],
-    cotangents: tuple[Array, Sums],
+    cotangents: tuple[Array, Metrics],
 ) -> tuple[Array, Array, None]:
     d_hidden, d_embedding, _ = residuals
     scale = cotangents[0]
@@ -109,9 +114,11 @@ def row_statistics(
     *,
     top_k: int,
     chosen: Int32[Array, "B M"],
+    row_shards: int = 1,
 ) -> RowStatistics:
     """log p(tokens[b, t] | hidden[b, t]) for every position, with the `top_k` most likely ids
-    (descending) and the log-probabilities of each row's `chosen` ids; `top_k` and M may be 0."""
+    (descending) and the log-probabilities of each row's `chosen` ids; `top_k` and M may be 0. `row_shards` is
+    over how many devices the rows are split."""
 
     def tile(_: None, x: tuple[Array, Array]) -> tuple[None, RowStatistics]:
         h, ids = x
@@ -125,7 +132,7 @@ def row_statistics(
         )
 
     rows, length = tokens.shape
-    width = tile_length(rows, length, embedding.shape[0])
+    width = tile_length(-(-rows // row_shards), length, embedding.shape[0])
     _, stacked = jax.lax.scan(tile, None, _tiles(hidden, tokens, width))
     return jax.tree.map(lambda x: _untile(x, length), stacked)
 

@@ -2,65 +2,63 @@
 
 The gradient of KL(p_S || p_T) at a state is E_{a ~ p_S}[(log p_S(a) - log p_T(a)) grad log p_S(a)]
 (the score-function identity, Williams 1992): each sampled token is reinforced by the advantage
-log p_T - log p_S, spread over tokens by `credit` when the tokenizers differ. A ratio to the sampling
-policy, clipped as in PPO (Schulman et al. 2017, equation 7), corrects rows from older policies; on
-fresh rows it is 1 and the gradient is the plain one.
+log p_T - log p_S. With `credit: projected` p_T is the teacher's distribution in student tokens, which is
+exact; the other rules spread the difference of a chunk over tokens. A ratio to the sampling policy
+corrects rows from older policies (`policy_gradient.surrogate`).
 
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
-from pydantic import Field
 
-from jaxdistill.batch import Batch, Mean
-from jaxdistill.losses.base import ObjectiveSettings, Prepared, masked_sum, predicted, token_logprobs
-from jaxdistill.losses.baseline import Baseline, baseline_values
-from jaxdistill.losses.credit import Credit, token_advantages
-from jaxdistill.losses.head import Sums
+from jaxdistill.batch import Batch
+from jaxdistill.losses.base import Metrics, Objective, Prepared, required
+from jaxdistill.losses.buckets import projection_metrics
+from jaxdistill.losses.credit import ChunkCredit, token_advantages
+from jaxdistill.losses.policy_gradient import PolicyGradientSettings, surrogate, surrogate_targets
+from jaxdistill.records import Part
 
 
-class ReverseKLConfig(ObjectiveSettings):
+class ReverseKLConfig(PolicyGradientSettings):
     """Settings of `objective.kind: reverse_kl`.
 
-    `signal: exact` keeps one-to-one chunks alone; `clip` bounds a chunk's difference in nats;
-    `baseline` (see `baseline_values`) is subtracted first; `normalize` divides the advantages by their
-    root mean square over the batch; `ratio_clip` is PPO's epsilon.
+    `credit: auto` is `projected` where the teachers give their top-k, else `lookahead`. `signal: exact` keeps
+    one-to-one chunks alone.
     """
 
-    needs_teacher: ClassVar[bool] = True
-    on_policy: ClassVar[bool] = True
-
     kind: Literal["reverse_kl"] = "reverse_kl"
-    credit: Credit = "lookahead"
-    coefficient: float = Field(default=1.0, gt=0)
-    clip: float = Field(default=10.0, gt=0)
-    normalize: bool = True
-    baseline: Baseline = "siblings"
-    ratio_clip: float = Field(default=0.2, gt=0)
-    temperature_mismatch: Literal["refuse", "allow"] = "refuse"
+    credit: Literal["auto", "projected"] | ChunkCredit = "auto"
 
-    def check_temperature(self, temperature: float) -> None:
-        if temperature != 1.0 and self.temperature_mismatch == "refuse":
-            raise ValueError(
-                f"rollout.temperature={temperature}, but the teacher is always scored at temperature 1, so "
-                "the KL would compare different things; set it to 1.0, or say "
-                "objective.temperature_mismatch=allow"
-            )
+    @property
+    def needs(self) -> frozenset[Part]:
+        return frozenset({"projection"}) if self.credit == "projected" else frozenset()
+
+    def resolved(self, *, top_k: bool) -> "ReverseKLConfig":
+        if self.credit != "auto":
+            return self
+        return self.model_copy(update={"credit": "projected" if top_k else "lookahead"})
 
 
 @dataclass(frozen=True)
-class ReverseKL:
+class ReverseKL(Objective[ReverseKLConfig]):
     """The objective; see the module's text."""
-
-    config: ReverseKLConfig
 
     def prepare(self, batch: Batch) -> Prepared:
         c = self.config
-        advantage, mask = token_advantages(
+        if c.credit == "auto":
+            raise ValueError(
+                "objective.credit is still auto; build the objective of config.resolved(top_k=...)"
+            )
+        if c.credit == "projected":
+            projection = required(batch.projection, "projection")
+            advantage = jnp.clip(projection.logprob - batch.behavior_logprobs, -c.clip, c.clip)
+            prepared = surrogate_targets(c, batch, advantage, projection.mask)
+            return replace(prepared, metrics=prepared.metrics | projection_metrics(batch))
+        advantage, signal = token_advantages(
             c.credit,
             chunk_of_token=batch.chunk_of_token,
             teacher_logprob=batch.teacher_logprob,
@@ -69,34 +67,7 @@ class ReverseKL:
             same_vocabulary=batch.same_vocabulary,
             clip=c.clip,
         )
-        mask = mask & batch.response_mask & (batch.weight > 0)[:, None]
-        row_weight = batch.weight[:, None]
-        weight = masked_sum(jnp.broadcast_to(row_weight, mask.shape), mask)
-        safe = jnp.where(weight > 0, weight, 1.0)
-        mean = masked_sum(advantage * row_weight, mask)
-        advantage = advantage - baseline_values(c.baseline, advantage, mask, batch.tokens, row_weight)
-        square = masked_sum(jnp.square(advantage) * row_weight, mask)
-        metrics = {"advantage_mean": Mean(mean, weight), "advantage_square": Mean(square, weight)}
-        if c.normalize:
-            advantage = advantage / jnp.sqrt(square / safe + 1e-8)
-        targets = {
-            "tokens": predicted(batch.tokens),
-            "mask": predicted(mask),
-            "behavior": predicted(batch.behavior_logprobs),
-            "weight": predicted(jnp.broadcast_to(row_weight, mask.shape)),
-            "advantage": predicted(jnp.where(mask, c.coefficient * advantage * row_weight, 0.0)),
-        }
-        return Prepared(targets, weight, metrics)
+        return surrogate_targets(c, batch, advantage, signal)
 
-    def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, ""], Sums]:
-        logprob, entropy = token_logprobs(logits, targets["tokens"])
-        mask, advantage = targets["mask"], targets["advantage"]
-        # The exponent is masked too: exp of garbage would give 0 * inf in the gradient.
-        ratio = jnp.exp(jnp.where(mask, logprob - targets["behavior"], 0.0))
-        epsilon = self.config.ratio_clip
-        clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
-        total = -masked_sum(jnp.minimum(ratio * advantage, clipped * advantage), mask)
-        return total, {
-            "entropy": masked_sum(targets["weight"] * entropy, mask),
-            "ratio_clipped": masked_sum(targets["weight"] * (ratio != clipped), mask),
-        }
+    def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
+        return surrogate(self.config, logits, targets)

@@ -5,46 +5,54 @@ Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from jaxdistill.batch import Batch
-from jaxdistill.losses.base import ObjectiveSettings, Prepared, masked_sum, predicted, token_logprobs
-from jaxdistill.losses.head import Sums
+from jaxdistill.losses.base import (
+    Metrics,
+    Objective,
+    ObjectiveSettings,
+    Prepared,
+    learning,
+    logprob_and_entropy,
+    masked_mean,
+    masked_sum,
+    predicted,
+    row_weights,
+)
 
 
 class SFTConfig(ObjectiveSettings):
     """`objective.kind: sft` trains on each prompt's `response`; it needs no teacher."""
 
-    needs_teacher: ClassVar[bool] = False
-    on_policy: ClassVar[bool] = False
-
     kind: Literal["sft"] = "sft"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    @property
+    def on_policy(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Objective[SFTConfig]):
     """Mean negative log-likelihood per response token, in nats."""
 
-    config: SFTConfig
-
     def prepare(self, batch: Batch) -> Prepared:
-        row_weight = jnp.broadcast_to(batch.weight[:, None], batch.tokens.shape)
-        mask = batch.response_mask & (row_weight > 0)
-        targets = {
-            "tokens": predicted(batch.tokens),
-            "mask": predicted(mask),
-            "weight": predicted(row_weight),
-        }
-        return Prepared(targets, masked_sum(row_weight, mask), {})
+        mask, weight = learning(batch), row_weights(batch)
+        targets = {"tokens": predicted(batch.tokens), "mask": predicted(mask), "weight": predicted(weight)}
+        return Prepared(targets, masked_sum(weight, mask), {})
 
-    def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, ""], Sums]:
-        logprob, entropy = token_logprobs(logits, targets["tokens"])
+    def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
+        logprob, entropy = logprob_and_entropy(logits, targets["tokens"])
         mask, weight = targets["mask"], targets["weight"]
         correct = (jnp.argmax(logits, axis=-1) == targets["tokens"]).astype(jnp.float32)
-        return -masked_sum(weight * logprob, mask), {
-            "entropy": masked_sum(weight * entropy, mask),
-            "token_accuracy": masked_sum(weight * correct, mask),
+        return jnp.where(mask, -weight * logprob, 0.0), {
+            "entropy": masked_mean(entropy, mask, weight),
+            "token_accuracy": masked_mean(correct, mask, weight),
         }

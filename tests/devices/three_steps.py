@@ -75,7 +75,7 @@ def main(sizes: str, out: str) -> None:
     # sharding's doing.
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3), 10)
     state = initial_state(decoder, optimizer, mesh)
-    step = make_train_step(graphdef, ReverseKL(ReverseKLConfig()), optimizer, state, mesh)
+    step = make_train_step(graphdef, ReverseKL(ReverseKLConfig(credit="lookahead")), optimizer, state, mesh)
     losses = []
     for number in range(3):
         state, metrics = step(state, place_batch(make_batch(number), mesh))

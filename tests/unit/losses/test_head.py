@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.losses import head
-from jaxdistill.losses.base import masked_sum, token_logprobs
+from jaxdistill.losses.base import logprob_and_entropy
 
 ROWS, LENGTH, HIDDEN, VOCAB = 3, 12, 8, 50
 
@@ -24,14 +24,14 @@ def inputs():
 
 
 def objective(logits, targets):
-    logprob, entropy = token_logprobs(logits, targets["tokens"])
-    return -masked_sum(logprob + 0.1 * jnp.square(logprob), targets["mask"]), {
-        "entropy": masked_sum(entropy, targets["mask"])
+    logprob, entropy = logprob_and_entropy(logits, targets["tokens"])
+    return jnp.where(targets["mask"], -(logprob + 0.1 * jnp.square(logprob)), 0.0), {
+        "entropy": jnp.where(targets["mask"], entropy, 0.0)
     }
 
 
 def plain(hidden, embedding, targets):
-    return objective(jnp.einsum("btd,vd->btv", hidden, embedding), targets)
+    return jax.tree.map(jnp.sum, objective(jnp.einsum("btd,vd->btv", hidden, embedding), targets))
 
 
 @pytest.mark.parametrize("tile", [1, 2, 5, 12])

@@ -1,0 +1,111 @@
+"""What the policy-gradient objectives share: from a teacher's advantage to a clipped surrogate.
+
+The order, which matters: the baseline is subtracted from the distillation advantage, the rest is divided by
+its root mean square over the batch, scaled by `coefficient`, and only then is the task reward added. So a
+reward keeps its own scale (`reward_coefficient` nats for a reward of 1) however far the teacher is away.
+
+Only rows the student wrote take part: others have no behaviour log-probabilities.
+
+Letters: B rows, T positions, C positions in a tile, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32
+from pydantic import Field
+
+from jaxdistill.batch import Batch, Mean
+from jaxdistill.losses.base import (
+    Metrics,
+    ObjectiveSettings,
+    Prepared,
+    learning,
+    logprob_and_entropy,
+    masked_mean,
+    masked_sum,
+    predicted,
+    row_weights,
+)
+from jaxdistill.losses.baseline import Baseline, baseline_values
+from jaxdistill.records import ORIGINS
+
+
+class PolicyGradientSettings(ObjectiveSettings):
+    """Settings of every policy gradient.
+
+    `clip` bounds a difference of log-probabilities in nats; `baseline` (see `baseline_values`) is subtracted
+    first; `normalize` divides the advantages by their root mean square over the batch; `ratio_clip` is PPO's
+    epsilon; `reward_coefficient` scales the task reward.
+    """
+
+    coefficient: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=10.0, gt=0)
+    normalize: bool = True
+    baseline: Baseline = "siblings"
+    ratio_clip: float = Field(default=0.2, gt=0)
+    reward_coefficient: float = Field(default=0.0, ge=0)
+    temperature_mismatch: Literal["refuse", "allow"] = "refuse"
+
+    def check_temperature(self, temperature: float) -> None:
+        if temperature != 1.0 and self.temperature_mismatch == "refuse":
+            raise ValueError(
+                f"rollout.temperature={temperature}, but the teacher is always scored at temperature 1, so "
+                "the KL would compare different things; set it to 1.0, or say "
+                "objective.temperature_mismatch=allow"
+            )
+
+
+def own_responses(batch: Batch) -> Bool[Array, "B T"]:
+    """The response tokens a policy gradient may learn from: those the student sampled."""
+    return learning(batch) & (batch.origin == ORIGINS["student"])[:, None]
+
+
+def surrogate_targets(
+    config: PolicyGradientSettings,
+    batch: Batch,
+    advantage: Float32[Array, "B T"],
+    signal: Bool[Array, "B T"],
+) -> Prepared:
+    """Targets of `surrogate` from the distillation advantage (nats), read only where `signal`.
+
+    With a task reward all the student's tokens learn, those without a signal from the reward alone."""
+    signal = signal & own_responses(batch)
+    mask = own_responses(batch) if config.reward_coefficient else signal
+    weight = row_weights(batch)
+    signal_weight = masked_sum(weight, signal)
+    mean = masked_sum(advantage * weight, signal)
+    row_weight = batch.weight[:, None]
+    advantage = advantage - baseline_values(config.baseline, advantage, signal, batch.tokens, row_weight)
+    square = masked_sum(jnp.square(advantage) * weight, signal)
+    metrics = {"advantage_mean": Mean(mean, signal_weight), "advantage_square": Mean(square, signal_weight)}
+    if config.normalize:
+        safe = jnp.where(signal_weight > 0, signal_weight, 1.0)
+        advantage = advantage / jnp.sqrt(square / safe + 1e-8)
+    advantage = jnp.where(signal, config.coefficient * advantage, 0.0)
+    if config.reward_coefficient:
+        advantage += config.reward_coefficient * batch.reward[:, None]
+    targets = {
+        "tokens": predicted(batch.tokens),
+        "mask": predicted(mask),
+        "behavior": predicted(batch.behavior_logprobs),
+        "weight": predicted(weight),
+        "advantage": predicted(jnp.where(mask, advantage * weight, 0.0)),
+    }
+    return Prepared(targets, masked_sum(weight, mask), metrics)
+
+
+def surrogate(
+    config: PolicyGradientSettings, logits: Float32[Array, "B C V"], targets: Any
+) -> tuple[Float32[Array, "B C"], Metrics]:
+    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) with r the ratio to the sampling policy (PPO, Schulman
+    et al. 2017, equation 7). On fresh rows r is 1 and the gradient is that of -A log p."""
+    logprob, entropy = logprob_and_entropy(logits, targets["tokens"])
+    mask, advantage, weight = targets["mask"], targets["advantage"], targets["weight"]
+    # The exponent is masked too: exp of garbage would give 0 * inf in the gradient.
+    ratio = jnp.exp(jnp.where(mask, logprob - targets["behavior"], 0.0))
+    clipped = jnp.clip(ratio, 1 - config.ratio_clip, 1 + config.ratio_clip)
+    return jnp.where(mask, -jnp.minimum(ratio * advantage, clipped * advantage), 0.0), {
+        "entropy": masked_mean(entropy, mask, weight),
+        "ratio_clipped": masked_mean((ratio != clipped).astype(jnp.float32), mask, weight),
+    }
