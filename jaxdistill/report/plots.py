@@ -159,6 +159,34 @@ def stack_plot(
         return _svg(figure, name, title)
 
 
+def dot_plot(name: str, title: str, columns: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """An SVG of one row a case and one panel a column: a dot for each value, a bar at their mean.
+
+    `columns` maps a panel's label (with "%" at its end: shares, shown as percent) to values by case; all
+    panels have the cases of the first, from the top down."""
+    cases = list(next(iter(columns.values())))
+    with matplotlib.rc_context(_STYLE):
+        figure, all_axes = _figure(len(columns))
+        figure.set_size_inches(4.6 * len(columns), 0.9 + 0.27 * len(cases))
+        for axes, (label, values) in zip(all_axes, columns.items(), strict=True):
+            _label(axes, "")
+            axes.set_xlabel(label, color=_STAND_INS["muted"])
+            axes.grid(axis="x", color=_STAND_INS["grid"], linewidth=0.8)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+            if label.endswith("%"):
+                axes.set_xlim(0, 1.02)
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
+            axes.set_yticks(range(len(cases)), cases if axes is all_axes[0] else [""] * len(cases))
+            axes.set_ylim(len(cases) - 0.5, -0.5)
+            for row, case in enumerate(cases):
+                axes.plot(
+                    values[case], [row] * len(values[case]), "o", color=_color(0), markersize=5, alpha=0.6
+                )
+                mean = float(np.mean(values[case]))
+                axes.plot([mean, mean], [row - 0.32, row + 0.32], color=_color(1), linewidth=2)
+        return _svg(figure, name, title)
+
+
 def standalone(svg: str) -> str:
     """The SVG as a file of its own: with its themes inside, chosen by the reader's colour scheme, and a
     background, so that it reads on any page."""

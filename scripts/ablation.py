@@ -1,0 +1,173 @@
+"""Objectives, signals and credits side by side on the toy pair: equal budget, three seeds, one picture.
+
+    python scripts/ablation.py run [--out runs/ablation] [--seeds 0 1 2] [CASE ...]
+    python scripts/ablation.py report [--out runs/ablation] [--svg docs/images/ablation.svg]
+
+`run` trains every case (or those named) by the quickstart's config, one after the other, and may be
+stopped and started again: a run that is done is not made again. `report` reads the runs that are there.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxdistill.errors import DataError, JaxDistillError
+from jaxdistill.metrics.rows import write_atomically
+from jaxdistill.report.plots import dot_plot, standalone
+from jaxdistill.report.run_data import RunData, read_run
+
+CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
+STEPS = 80
+ACCURACY, REVERSE_KL = "eval/accuracy", "eval/reverse_kl_per_byte"
+TOP_K = ["teacher.top_k=16"]
+
+
+def _credit(name: str, *more: str) -> list[str]:
+    return [f"objective={{kind: reverse_kl, credit: {name}}}", *more]
+
+
+def _dense(settings: str) -> list[str]:
+    return [f"objective={{{settings}}}", *TOP_K]
+
+
+# Every case differs from the quickstart in these settings alone.
+CASES: Mapping[str, list[str]] = {
+    "reverse_kl, projected": _credit("projected", *TOP_K),
+    "reverse_kl, lookahead": _credit("lookahead"),
+    "reverse_kl, broadcast": _credit("broadcast"),
+    "reverse_kl, uniform": _credit("uniform"),
+    "reverse_kl, proportional": _credit("proportional"),
+    "reverse_kl, exact tokens alone": _credit("broadcast", "objective.signal=exact"),
+    "reverse_kl, exact tokens and the next": _credit("lookahead", "objective.signal=exact"),
+    "gkd, beta 0 (forward KL)": _dense("kind: gkd, beta: 0.0"),
+    "gkd, beta 0.5": _dense("kind: gkd, beta: 0.5"),
+    "gkd, beta 1 (reverse KL)": _dense("kind: gkd, beta: 1.0"),
+    "minillm, projected": _dense("kind: minillm, credit: projected"),
+    "minillm, chunk": ["objective={kind: minillm, credit: chunk}"],
+    "uld": _dense("kind: uld"),
+    "gold": _dense("kind: gold"),
+    "xtoken": _dense("kind: xtoken"),
+    "alm": ["objective={kind: alm}"],
+}
+
+
+def folder_of(out: Path, case: str, seed: int) -> Path:
+    """Where a case's run lies."""
+    return out / f"{'_'.join(''.join(c if c.isalnum() else ' ' for c in case).split())}-{seed}"
+
+
+def last_evaluation(run: RunData) -> int:
+    """The step of the last evaluation, -1 without any."""
+    steps = run.series(REVERSE_KL).finite().steps
+    return int(steps[-1]) if len(steps) else -1
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run is there and was evaluated after its last step."""
+    return (folder / "metrics.jsonl").is_file() and last_evaluation(read_run(folder)) == STEPS
+
+
+def train(out: Path, cases: Sequence[str], seeds: Sequence[int]) -> None:
+    """Make the runs that are missing. Raises DataError for one that fails, with the command."""
+    for seed in seeds:
+        for case in cases:
+            folder = folder_of(out, case, seed)
+            if is_done(folder):
+                continue
+            print(f"{case}, seed {seed}", flush=True)
+            command = [sys.executable, "-m", "jaxdistill.train", "--config", str(CONFIG), f"run.dir={folder}"]
+            command += [f"run.seed={seed}", f"run.steps={STEPS}", "run.tensorboard=false", *CASES[case]]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                raise DataError(f"exit code {done.returncode} from: {' '.join(command)}")
+
+
+def read_cases(out: Path) -> dict[str, list[RunData]]:
+    """The finished runs of each case. Raises DataError where there are none at all."""
+    runs: dict[str, list[RunData]] = {}
+    for case in CASES:
+        for folder in sorted(out.glob(f"{folder_of(out, case, 0).name.removesuffix('0')}[0-9]*")):
+            if is_done(folder):
+                runs.setdefault(case, []).append(read_run(folder))
+    if not runs:
+        raise DataError(f"{out} holds no finished run; make them with: python scripts/ablation.py run")
+    return runs
+
+
+def seconds(run: RunData) -> float:
+    """Time of all steps without the evaluations."""
+    stages = [key for key in run.keys("seconds/") if key != "seconds/evaluate"]
+    return float(sum(np.nansum(run.series(key).values) for key in stages))
+
+
+def table(runs: Mapping[str, list[RunData]]) -> str:
+    """Mean over the seeds of the final figures, with the lowest and the highest, as a Markdown table."""
+    lines = [
+        "| objective | runs | accuracy | best on the way | reverse KL per byte | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, group in runs.items():
+        accuracy = [float(run.series(ACCURACY).finite().values[-1]) for run in group]
+        best = [float(run.series(ACCURACY).finite().values.max()) for run in group]
+        kl = [float(run.series(REVERSE_KL).finite().values[-1]) for run in group]
+        cells = [
+            case,
+            str(len(group)),
+            f"{100 * np.mean(accuracy):.1f} % ({100 * min(accuracy):.1f} to {100 * max(accuracy):.1f})",
+            f"{100 * np.mean(best):.1f} %",
+            f"{np.mean(kl):.3f} ({min(kl):.3f} to {max(kl):.3f})",
+            f"{np.mean([seconds(run) for run in group]):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(runs: Mapping[str, list[RunData]]) -> str:
+    """Final accuracy and reverse KL per byte of every run, as an SVG file's text."""
+
+    def last(key: str) -> dict[str, list[float]]:
+        return {
+            case: [float(run.series(key).finite().values[-1]) for run in group]
+            for case, group in runs.items()
+        }
+
+    columns = {
+        "held-out accuracy, %": last(ACCURACY),
+        "held-out reverse KL, nats per byte": last(REVERSE_KL),
+    }
+    return standalone(dot_plot("ablation", "Final accuracy and reverse KL per byte by objective", columns))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and returns the exit code."""
+    parser = argparse.ArgumentParser(description="Compare objectives on the toy pair.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run, report = commands.add_parser("run"), commands.add_parser("report")
+    for one in (run, report):
+        one.add_argument("--out", type=Path, default=Path("runs/ablation"), metavar="DIR")
+    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {'; '.join(CASES)}")
+    report.add_argument("--svg", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "run":
+            if unknown := sorted(set(arguments.cases) - set(CASES)):
+                raise DataError(f"got the case {unknown[0]!r}, expected one of: {'; '.join(CASES)}")
+            train(arguments.out, arguments.cases or list(CASES), arguments.seeds)
+        else:
+            runs = read_cases(arguments.out)
+            if arguments.svg is not None:
+                write_atomically(arguments.svg, draw(runs).encode())
+            print(table(runs))
+    except JaxDistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
