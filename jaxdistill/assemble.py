@@ -15,7 +15,7 @@ from flax import nnx
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collector
 from jaxdistill.config import dump
-from jaxdistill.evaluate import Evaluator
+from jaxdistill.evaluation import Evaluator
 from jaxdistill.inputs import read_inputs
 from jaxdistill.loop import Run
 from jaxdistill.losses import OBJECTIVES

@@ -12,7 +12,7 @@ from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collected, Collector
 from jaxdistill.data import PromptStream
 from jaxdistill.errors import JaxDistillError, NonFiniteError
-from jaxdistill.evaluate import Evaluator, samples_of
+from jaxdistill.evaluation import Evaluator, samples_of
 from jaxdistill.metrics import MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows

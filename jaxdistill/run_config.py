@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from jaxdistill.checkpoint import CheckpointConfig
 from jaxdistill.config import StrictConfig
 from jaxdistill.data import DataConfig
-from jaxdistill.evaluate import EvalConfig
+from jaxdistill.evaluation import EvalConfig
 from jaxdistill.losses import ObjectiveConfig
 from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig

@@ -1,9 +1,9 @@
-"""Held-out evaluation: what the student does on prompts it is not trained on."""
+"""One evaluation: sample, score, mark."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -13,26 +13,20 @@ from jaxdistill.config import StrictConfig
 from jaxdistill.metrics import Sample, Stopwatch
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers import Sampler
+from jaxdistill.scorers import ScorerName, load_scorer
 from jaxdistill.scoring import Scored, distillation_metrics, response_kl, score
 from jaxdistill.teachers import Teachers
-
-ScorerName = Literal["exact", "final_line"]
 
 
 class EvalConfig(StrictConfig):
     """Every `every` steps (and before the first and after the last), one response at the rollout's
-    temperature to each of the first `prompts` rows of `path`. `scorer` compares with a row's answer."""
+    temperature to each of the first `prompts` rows of `path`. `scorer` (see docs/scorers.md) says how
+    right it is."""
 
     path: Path | None = None
     every: int = Field(default=20, ge=1)
     prompts: int = Field(default=128, ge=1)
     scorer: ScorerName = "exact"
-
-
-SCORERS: Mapping[ScorerName, Callable[[str, str], bool]] = {
-    "exact": lambda response, answer: response.strip() == answer.strip(),
-    "final_line": lambda response, answer: response.strip().rpartition("\n")[2].strip() == answer.strip(),
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,8 @@ class Evaluator:
         rollouts: list[Rollout] = []
         for start in range(0, len(self.prompts), self.group):
             rollouts += sampler.sample(self.prompts[start : start + self.group], version, samples=1)
-        correct = [self._mark(rollout) for rollout in rollouts]
+        scorer = load_scorer(self.config.scorer)
+        correct = [scorer(rollout) for rollout in rollouts]
         marked = [mark for mark in correct if mark is not None]
         metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
         scored = None
@@ -71,16 +66,9 @@ class Evaluator:
             metrics |= distillation_metrics(scored, list(self.teachers.members))
         return Evaluation(metrics, samples_of(rollouts, scored, correct), scored)
 
-    def _mark(self, rollout: Rollout) -> bool | None:
-        """Whether the response is right; None for a row without an answer. A cut response is wrong."""
-        if rollout.prompt.answer is None:
-            return None
-        text = rollout.response.text
-        return rollout.finished and SCORERS[self.config.scorer](text, rollout.prompt.answer)
-
 
 def samples_of(
-    rollouts: Sequence[Rollout], scored: Scored | None, correct: Sequence[bool | None] | None = None
+    rollouts: Sequence[Rollout], scored: Scored | None, correct: Sequence[float | None] | None = None
 ) -> list[Sample]:
     """Rows for the sample table; with a teacher each carries its KL and its cut into chunks. `rollouts`
     are the first of those that were `scored`."""
