@@ -22,6 +22,7 @@ from jaxdistill.losses import OBJECTIVES
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
+from jaxdistill.rewards import Rewards
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import open_run_folder
 from jaxdistill.samplers import LocalSampler
@@ -70,7 +71,13 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             policy=policy,
             teachers=teachers,
             collect=Collector(
-                sampler, scorer, config.objective.signal, config.buckets, inputs.mesh, stopwatch
+                sampler,
+                scorer,
+                config.objective.signal,
+                config.buckets,
+                inputs.mesh,
+                stopwatch,
+                rewards=None if config.reward is None else Rewards.build(config.reward),
             ),
             evaluator=Evaluator(config.eval, inputs.heldout, teachers, config.run.steps, rows),
             checkpoints=checkpoints,

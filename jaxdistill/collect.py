@@ -1,15 +1,16 @@
 """Prompts -> one device batch: sample, score, align, pack, place."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
 
-from jaxdistill.batch import Batch
+from jaxdistill.batch import Batch, Mean
 from jaxdistill.metrics import Stopwatch
 from jaxdistill.packing import pack
 from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.records import Prompt, Rollout, Signal
+from jaxdistill.rewards import Rewards
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, score
 from jaxdistill.teachers import Teachers
@@ -17,16 +18,19 @@ from jaxdistill.teachers import Teachers
 
 @dataclass(frozen=True)
 class Collected:
-    """A device batch and the host records it was made of; `scored` is None without a teacher."""
+    """A device batch and the host records it was made of; `scored` is None without a teacher. `metrics`
+    are those of the rewards."""
 
     batch: Batch
     rollouts: Sequence[Rollout]
     scored: Scored | None
+    metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Collector:
-    """The host path of a batch. Without teachers (`sft`) rows carry no teacher signal."""
+    """The host path of a batch. Without teachers (`sft`) rows carry no teacher signal, without
+    `rewards` no task reward."""
 
     sampler: Sampler
     teachers: Teachers | None
@@ -34,6 +38,7 @@ class Collector:
     buckets: Sequence[int]
     mesh: Mesh
     stopwatch: Stopwatch
+    rewards: Rewards | None = None
 
     def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
         with self.stopwatch.stage("rollout"):
@@ -41,8 +46,13 @@ class Collector:
         scored = None
         if self.teachers is not None:
             scored = score(self.teachers, rollouts, self.signal, self.stopwatch)
+        rewards, metrics = None, {}
+        if self.rewards is not None:
+            with self.stopwatch.stage("reward"):
+                rewards, metrics = self.rewards(rollouts)
         with self.stopwatch.stage("pack"):
             rows = padded_rows(len(rollouts), self.mesh)
             targets = [None] * len(rollouts) if scored is None else scored.targets
-            batch = place_batch(pack(rollouts, targets, buckets=self.buckets, rows=rows), self.mesh)
-        return Collected(batch, rollouts, scored)
+            packed = pack(rollouts, targets, buckets=self.buckets, rows=rows, rewards=rewards)
+            batch = place_batch(packed, self.mesh)
+        return Collected(batch, rollouts, scored, metrics)

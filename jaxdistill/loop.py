@@ -106,7 +106,7 @@ def set_aside(run: Run, step: int, scored: Scored | None) -> None:
 
 def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str, Mean]) -> dict[str, float]:
     """One row of metrics.jsonl. Raises `NonFiniteError` if the loss or the gradient is not finite."""
-    means = dict(metrics)
+    means = dict(metrics) | dict(collected.metrics)
     if collected.scored is not None:
         means |= distillation_metrics(collected.scored, list(run.teachers.members) if run.teachers else [])
     values = {name: mean.value for name, mean in means.items()}

@@ -13,6 +13,7 @@ from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
+from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import RolloutConfig
 from jaxdistill.teachers import ServedSettings, TeacherConfig
 
@@ -51,6 +52,7 @@ class RunConfig(StrictConfig):
     shapes: ShapesConfig = ShapesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    reward: RewardConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -78,7 +80,25 @@ class RunConfig(StrictConfig):
                 f"objective.kind={self.objective.kind} needs a teacher: section (objective.kind=sft does not)"
             )
         self.objective.check_temperature(self.rollout.temperature)
+        self._check_reward()
         return self
+
+    def _check_reward(self) -> None:
+        coefficient = getattr(self.objective, "reward_coefficient", 0.0)
+        if self.reward is None and coefficient:
+            raise ValueError(f"objective.reward_coefficient={coefficient} needs a reward: section")
+        if self.reward is None:
+            return
+        if not coefficient:
+            raise ValueError(
+                f"a reward: section, but objective.kind={self.objective.kind} does not read it; set "
+                "objective.reward_coefficient, of an objective that has it, or leave reward: out"
+            )
+        if self.reward.normalize == "group" and self.rollout.samples_per_prompt == 1:
+            raise ValueError(
+                "reward.normalize=group compares the samples of one prompt, and rollout.samples_per_prompt "
+                "is 1: every reward would be 0; take more samples, or reward.normalize=none"
+            )
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
