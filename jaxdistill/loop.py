@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -64,7 +65,7 @@ def train(run: Run) -> TrainState:
             run.checkpoints.save(step, state, position)
         try:
             if run.evaluator.due(step):
-                evaluate(run, step)
+                evaluate(run, state.params, step)
             collected = run.collect(next(run.prompts), version=step)
             set_aside(run, step, collected.scored)
         except JaxDistillError:  # the state before the step is sound, whatever the data or teacher did
@@ -82,14 +83,14 @@ def train(run: Run) -> TrainState:
     run.metrics.flush()
     run.checkpoints.save(run.steps, state, run.prompts.state())
     if run.evaluator.due(run.steps):
-        evaluate(run, run.steps)
+        evaluate(run, state.params, run.steps)
     return state
 
 
-def evaluate(run: Run, step: int) -> None:
-    """Evaluate the pushed policy; its values join row `step` of the metrics."""
+def evaluate(run: Run, params: Any, step: int) -> None:
+    """Evaluate the pushed policy, whose weights are `params`; its values join row `step` of the metrics."""
     with run.stopwatch.stage("evaluate"):
-        evaluation = run.evaluator(run.policy, step)
+        evaluation = run.evaluator(run.policy, params, step)
     run.metrics.log(step, {f"eval/{name}": mean.value for name, mean in evaluation.metrics.items()})
     run.samples.log(step, evaluation.samples)
     set_aside(run, step, evaluation.scored)

@@ -17,7 +17,7 @@ from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import RolloutConfig
 from jaxdistill.teachers import ServedSettings, TeacherConfig
 
-_METRIC_GROUPS = frozenset({"eval", "seconds"})
+_METRIC_GROUPS = frozenset({"eval", "references", "seconds"})
 
 
 class RunSection(StrictConfig):
