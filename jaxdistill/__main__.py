@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 _WORDS = {
     "train": "distil a student: --config FILE [a.b=c ...] [--dry-run]",
+    "evaluate": "held-out figures: --run DIR [--step N] or --config FILE [--model DIR] [a.b=c ...]",
     "serve": "serve a model folder over HTTP as a teacher: --model DIR --port N",
     "export": "write a run's student as a Hugging Face folder: --run DIR [--step N] --out DIR",
     "report": "write report.html of a run folder: --run DIR",
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if word in _WORDS:
         return importlib.import_module(_MODULES.get(word, f"jaxdistill.{word}")).main(arguments[1:])
     if word in ("-h", "--help"):
-        lines = [f"  {name:<8}{does}" for name, does in _WORDS.items()]
+        lines = [f"  {name:<9}{does}" for name, does in _WORDS.items()]
         print("\n".join(["usage: jaxdistill WORD ...", *lines, "`jaxdistill WORD --help` says more."]))
         return 0
     choice = f"expected one of {', '.join(_WORDS)}"

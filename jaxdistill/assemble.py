@@ -4,7 +4,7 @@ Everything that can be wrong with a config is found before the run folder is tou
 weights, mesh, and a teacher that answers. Only then is anything written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,19 +15,21 @@ from flax import nnx
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collector
 from jaxdistill.config import dump
-from jaxdistill.evaluate import Evaluator
-from jaxdistill.inputs import read_inputs
+from jaxdistill.evaluation import Evaluator, References, StudentLogprobs
+from jaxdistill.inputs import Student, read_inputs
 from jaxdistill.loop import Run
 from jaxdistill.losses import Vocabularies, build_objective
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
+from jaxdistill.records import Prompt, Rollout
+from jaxdistill.rewards import Rewards
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import open_run_folder
 from jaxdistill.samplers import LocalSampler
 from jaxdistill.scoring import Scoring
 from jaxdistill.step import initial_state, make_train_step
-from jaxdistill.students import read_config
+from jaxdistill.students import Decoder, read_config
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, TeacherConfig, Teachers, build_all
 
 
@@ -49,10 +51,8 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         write_manifest(folder, config, inputs, teachers)
         schedule = learning_rate(config.optimizer, config.run.steps)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
-        rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state = initial_state(inputs.decoder, optimizer, inputs.mesh)
-        judge = None if teachers is None else Scoring(teachers, inputs.tokenizer, Stopwatch())
         policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
         scoring = None
         if teachers is not None and config.objective.needs_teacher:
@@ -80,8 +80,17 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             prompts=inputs.prompts,
             policy=policy,
             teachers=teachers,
-            collect=Collector(sampler, scoring, config.buckets, inputs.mesh, stopwatch),
-            evaluator=Evaluator(config.eval, inputs.heldout, judge, config.run.steps, rows),
+            collect=Collector(
+                sampler,
+                scoring,
+                config.buckets,
+                inputs.mesh,
+                stopwatch,
+                rewards=None if config.reward is None else Rewards.build(config.reward),
+            ),
+            evaluator=build_evaluator(
+                config, inputs, graphdef, inputs.heldout, inputs.heldout_references, teachers
+            ),
             checkpoints=checkpoints,
             metrics=metrics,
             samples=SampleLog(folder),
@@ -89,6 +98,25 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             example_every=None if inputs.heldout else config.eval.every,
             stopwatch=stopwatch,
         )
+
+
+def build_evaluator(
+    config: RunConfig,
+    student: Student,
+    graphdef: nnx.GraphDef[Decoder],
+    heldout: Sequence[Prompt],
+    references: Sequence[Rollout],
+    teachers: Teachers | None,
+) -> Evaluator:
+    """The evaluation of a config, as many rows at a time as a step has; without `references` none are
+    measured."""
+    rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
+    scoring = None if teachers is None else Scoring(teachers, student.tokenizer, Stopwatch())
+    measured = None
+    if references:
+        logprobs = StudentLogprobs(graphdef, student.mesh, config.buckets, rows)
+        measured = References(references, logprobs, scoring)
+    return Evaluator(config.eval, heldout, scoring, config.run.steps, rows, measured)
 
 
 def plan(config: RunConfig) -> str:

@@ -1,101 +1,142 @@
-"""Held-out evaluation: what the student does on prompts it is not trained on."""
+"""`python -m jaxdistill.evaluate --run DIR [--step N]` or `--config FILE [--model DIR]`: the held-out figures
+of a checkpoint, or of a model folder."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
+import jax
+from flax import nnx
 
-from jaxdistill.align import alignment_rows
-from jaxdistill.batch import Mean
-from jaxdistill.config import StrictConfig
-from jaxdistill.metrics import Sample
-from jaxdistill.records import Prompt, Rollout
-from jaxdistill.samplers import Sampler
-from jaxdistill.scoring import Scored, Scoring, distillation_metrics, response_kl
-
-ScorerName = Literal["exact", "final_line"]
-
-
-class EvalConfig(StrictConfig):
-    """Every `every` steps (and before the first and after the last), one response at the rollout's
-    temperature to each of the first `prompts` rows of `path`. `scorer` compares with a row's answer."""
-
-    path: Path | None = None
-    every: int = Field(default=20, ge=1)
-    prompts: int = Field(default=128, ge=1)
-    scorer: ScorerName = "exact"
+from jaxdistill.assemble import build_evaluator
+from jaxdistill.checkpoint import restore_params
+from jaxdistill.cli import exit_code_of
+from jaxdistill.config import load
+from jaxdistill.errors import ConfigError
+from jaxdistill.inputs import read_heldout, read_student
+from jaxdistill.metrics import write_atomically
+from jaxdistill.records import Prompt
+from jaxdistill.run_config import RunConfig
+from jaxdistill.samplers import LocalSampler
+from jaxdistill.teachers import ReplayConfig, Routes, Teachers, build_all
 
 
-SCORERS: Mapping[ScorerName, Callable[[str, str], bool]] = {
-    "exact": lambda response, answer: response.strip() == answer.strip(),
-    "final_line": lambda response, answer: response.strip().rpartition("\n")[2].strip() == answer.strip(),
-}
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, evaluate, print; the exit code (see `cli.exit_code_of`)."""
+    parser = argparse.ArgumentParser(
+        prog="jaxdistill evaluate", description="Evaluate a student on the held-out prompts of its config."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="a run folder: its config, and one of its checkpoints")
+    what.add_argument("--config", type=Path, help="a YAML file, see configs/")
+    parser.add_argument("--step", type=int, help="which checkpoint of --run (default: the newest)")
+    parser.add_argument("--model", type=Path, help="a model folder in place of the student of --config")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.step is not None and arguments.run is None:
+        parser.error("--step names a checkpoint of --run")
+    if arguments.model is not None and arguments.config is None:
+        parser.error("--model goes with --config; --run has its own checkpoints")
+
+    def body() -> None:
+        overrides = list(arguments.overrides)
+        if arguments.model is not None:
+            overrides.append(f"student.path={json.dumps(str(arguments.model))}")
+        result = evaluate(arguments.run, arguments.step, arguments.config, overrides)
+        print(table(result))
+        if arguments.json is not None:
+            write(arguments.json, result)
+
+    return exit_code_of(body)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Means by name (without the `eval/` prefix), each response for the sample table, and what the
-    teachers said of them (None without any)."""
+def evaluate(
+    run: Path | None, step: int | None, config_file: Path | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of checkpoint `step` (default: the newest) of `run`, or of the student of `config_file`:
+    `student`, `step`, `prompts`, and `metrics` by the names they have under `eval/` during a run (null where
+    nothing was weighed).
 
-    metrics: dict[str, Mean]
-    samples: list[Sample]
-    scored: Scored | None
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """Samples, scores and, where rows have answers, marks the held-out prompts, `group` at a time."""
-
-    config: EvalConfig
-    prompts: Sequence[Prompt]
-    scoring: Scoring | None
-    steps: int
-    group: int
-
-    def due(self, step: int) -> bool:
-        return bool(self.prompts) and (step % self.config.every == 0 or step == self.steps)
-
-    def __call__(self, sampler: Sampler, version: int) -> Evaluation:
-        rollouts: list[Rollout] = []
-        for start in range(0, len(self.prompts), self.group):
-            rollouts += sampler.sample(self.prompts[start : start + self.group], version, samples=1)
-        correct = [self._mark(rollout) for rollout in rollouts]
-        marked = [mark for mark in correct if mark is not None]
-        metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
-        scored = None
-        if self.scoring is not None:
-            scored = self.scoring(rollouts)
-            metrics |= distillation_metrics(scored, list(self.scoring.teachers.members))
-        return Evaluation(metrics, samples_of(rollouts, scored, correct), scored)
-
-    def _mark(self, rollout: Rollout) -> bool | None:
-        """Whether the response is right; None for a row without an answer. A cut response is wrong."""
-        if rollout.prompt.answer is None:
-            return None
-        text = rollout.response.text
-        return rollout.finished and SCORERS[self.config.scorer](text, rollout.prompt.answer)
+    The samples are those the run itself drew at that step, so that with the same config the figures are too.
+    Nothing is written into the run folder. Raises `ConfigError` for no run, no checkpoint, no held-out
+    prompts, and what loading and asking the teachers raise.
+    """
+    file = run / "config.yaml" if run is not None else config_file
+    if file is None or (run is not None and not file.is_file()):
+        raise ConfigError(f"{run} is no run folder: it has no config.yaml")
+    config = load(file, overrides, RunConfig)
+    student = read_student(config)
+    heldout, references = read_heldout(config, student.tokenizer)
+    if not heldout:
+        raise ConfigError(f"{file}: no held-out prompts; name a file with eval.path=...")
+    graphdef, variables = nnx.split(student.decoder, nnx.Param)
+    params, at = nnx.to_pure_dict(variables), 0
+    if run is not None:
+        at, params = restore_params(run / "checkpoints", step, like(params))
+    sampler = LocalSampler(graphdef, student.tokenizer, config.rollout, student.mesh, seed=config.run.seed)
+    sampler.push(params, version=at)
+    with ExitStack() as stack:
+        teachers = build_teachers(config, heldout)
+        if teachers is not None:
+            stack.callback(teachers.close)
+        evaluator = build_evaluator(config, student, graphdef, heldout, references, teachers)
+        evaluation = evaluator(sampler, params, at)
+        if teachers is not None and evaluation.scored is not None:
+            teachers.check_share(evaluation.scored.scores)
+    values = {name: mean.value for name, mean in evaluation.metrics.items()}
+    return {
+        "student": config.student.path if run is None else str(run),
+        "step": at,
+        "prompts": len(heldout),
+        "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
+    }
 
 
-def samples_of(
-    rollouts: Sequence[Rollout], scored: Scored | None, correct: Sequence[bool | None] | None = None
-) -> list[Sample]:
-    """Rows for the sample table; with a teacher each carries its KL and its cut into chunks. `rollouts`
-    are the first of those that were `scored`."""
-    samples = []
-    for i, rollout in enumerate(rollouts):
-        kl, view = (None, None) if scored is None else _teacher_view(scored, i)
-        mark = None if correct is None else correct[i]
-        prompt = rollout.prompt
-        samples.append(Sample(prompt.messages, rollout.response.text, prompt.answer, mark, kl, view))
-    return samples
+def like(params: Any) -> Any:
+    """Shapes, dtypes and places of `params`, for a checkpoint to be restored into."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params
+    )
 
 
-def _teacher_view(scored: Scored, i: int) -> tuple[float | None, Mapping[str, Any]]:
-    """Reverse KL per aligned byte of response i (None: nothing aligned), and its pieces by class."""
-    rollout, s, a = scored.rollouts[i], scored.scores[i], scored.alignments[i]
-    size = a.coverage * len(rollout.response.data)
-    rows = alignment_rows(rollout.response, s.response, a)
-    pieces = [["".join(row.student), row.kind] for row in rows if row.student]
-    return response_kl(rollout, s, a) / size if size else None, {"pieces": pieces}
+def build_teachers(config: RunConfig, heldout: Sequence[Prompt]) -> Teachers | None:
+    """The teachers of a config, None without any; a recording gets nothing of what they are asked here."""
+    if not config.all_teachers:
+        return None
+    settings = [
+        one if isinstance(one, ReplayConfig) else one.model_copy(update={"record": None})
+        for one in config.all_teachers
+    ]
+    # A teacher for sources that are only trained on is no mistake here.
+    named = [source for one in settings for source in one.sources]
+    Routes(settings, config.run.seed).check([*named, *(row.source for row in heldout)])
+    return build_all(settings, seed=config.run.seed)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures as text, one a line."""
+    width = max(map(len, result["metrics"]), default=0)
+    figures = [
+        f"  {name:<{width}}  {'nothing to measure' if value is None else f'{value:.4f}'}"
+        for name, value in result["metrics"].items()
+    ]
+    head = f"{result['student']}, step {result['step']}, {result['prompts']} held-out prompts"
+    return "\n".join([head, *figures])
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the figures as JSON. Raises `ConfigError` where the file cannot be written."""
+    try:
+        write_atomically(path, json.dumps(result, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --json") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,23 +8,32 @@ from jax.sharding import Mesh
 from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.parallel import make_mesh
-from jaxdistill.records import Prompt
+from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig
 from jaxdistill.samplers import ReferenceSampler, render_prompt
+from jaxdistill.scorers import load_scorer
 from jaxdistill.students import Decoder, load_decoder
 from jaxdistill.teachers import Routes
 from jaxdistill.text import Tokenizer
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run reads, loaded and checked; nothing in it has side effects."""
+class Student:
+    """The model that learns, on its mesh, with its tokenizer."""
 
     tokenizer: Tokenizer
     decoder: Decoder
     mesh: Mesh
+
+
+@dataclass(frozen=True)
+class Inputs(Student):
+    """What a run reads: the student and the data, loaded and checked; nothing in it has side effects.
+    `heldout_references` are the held-out rows' reference responses, if `eval.references` asks for them."""
+
     prompts: PromptStream
     heldout: list[Prompt]
+    heldout_references: list[Rollout]
     references: ReferenceSampler
 
 
@@ -32,7 +41,32 @@ def read_inputs(config: RunConfig) -> Inputs:
     """Load the data, the student and its tokenizer. Raises `ConfigError` or `DataError`."""
     rows = read_prompts(config.data.path)
     prompts = PromptStream(rows, config.data, seed=config.run.seed)
-    heldout = [] if config.eval.path is None else read_prompts(config.eval.path)[: config.eval.prompts]
+    student = read_student(config)
+    heldout, heldout_references = read_heldout(config, student.tokenizer)
+    # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
+    references = ReferenceSampler(student.tokenizer, config.rollout)
+    if config.objective.on_policy:
+        for row in rows:
+            render_prompt(student.tokenizer, row, config.rollout)
+    else:
+        references.sample(rows, version=0)
+    if config.reward is not None:
+        scorer = load_scorer(config.reward.scorer)
+        if not any([scorer.judges(row) for row in rows]):
+            raise ConfigError(
+                f"reward.scorer={scorer.name}: no row of {config.data.path} has what it compares with (an "
+                "answer, or for reasoning_gym its metadata); add it, or leave reward: out"
+            )
+    if config.all_teachers:
+        Routes(config.all_teachers, config.run.seed).check(row.source for row in [*rows, *heldout])
+    return Inputs(
+        student.tokenizer, student.decoder, student.mesh, prompts, heldout, heldout_references, references
+    )
+
+
+def read_student(config: RunConfig) -> Student:
+    """Load the student and its tokenizer. Raises `ConfigError` where they do not fit each other, or the rows
+    of the run."""
     mesh = make_mesh(config.mesh)
     compute_dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
     decoder = load_decoder(config.student.path, mesh=mesh, compute_dtype=compute_dtype)
@@ -50,12 +84,29 @@ def read_inputs(config: RunConfig) -> Inputs:
             f"{decoder.config.max_length}; lower rollout.max_prompt_tokens, rollout.max_new_tokens or "
             "shapes.buckets"
         )
-    # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
-    references = ReferenceSampler(tokenizer, config.rollout)
-    for row in [*rows, *heldout] if config.objective.on_policy else heldout:
+    return Student(tokenizer, decoder, mesh)
+
+
+def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Rollout]]:
+    """The held-out prompts, and where `eval.references` asks for them the references of those that have one:
+    the last assistant turn, which is what the teacher reads too.
+
+    Raises `ConfigError` where references are asked for and none is there, `DataError` for a row that does not
+    fit or that the scorer cannot use.
+    """
+    path = config.eval.path
+    prompts = [] if path is None else read_prompts(path)[: config.eval.prompts]
+    scorer = load_scorer(config.eval.scorer)
+    for row in prompts:
         render_prompt(tokenizer, row, config.rollout)
-    if not config.objective.on_policy:
-        references.sample(rows, version=0)
-    if config.all_teachers:
-        Routes(config.all_teachers, config.run.seed).check(row.source for row in [*rows, *heldout])
-    return Inputs(tokenizer, decoder, mesh, prompts, heldout, references)
+        scorer.judges(row)
+    if not config.eval.references:
+        return prompts, []
+    answered = [row for row in prompts if row.response is not None]
+    if not answered:
+        raise ConfigError(
+            f"eval.references=true, but no row of eval.path={path} has a reference: messages that end with "
+            "the assistant's turn, or a 'response'; add them, or set eval.references=false"
+        )
+    last_turn = config.rollout.model_copy(update={"reference_turns": "last"})
+    return prompts, ReferenceSampler(tokenizer, last_turn).sample(answered, version=0)

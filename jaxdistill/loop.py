@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,7 +13,7 @@ from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collected, Collector
 from jaxdistill.data import PromptStream
 from jaxdistill.errors import JaxDistillError, NonFiniteError
-from jaxdistill.evaluate import Evaluator, samples_of
+from jaxdistill.evaluation import Evaluator, samples_of
 from jaxdistill.metrics import MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows
@@ -64,7 +65,7 @@ def train(run: Run) -> TrainState:
             run.checkpoints.save(step, state, position)
         try:
             if run.evaluator.due(step):
-                evaluate(run, step)
+                evaluate(run, state.params, step)
             collected = run.collect(next(run.prompts), version=step)
             set_aside(run, step, collected.scored)
         except JaxDistillError:  # the state before the step is sound, whatever the data or teacher did
@@ -82,14 +83,14 @@ def train(run: Run) -> TrainState:
     run.metrics.flush()
     run.checkpoints.save(run.steps, state, run.prompts.state())
     if run.evaluator.due(run.steps):
-        evaluate(run, run.steps)
+        evaluate(run, state.params, run.steps)
     return state
 
 
-def evaluate(run: Run, step: int) -> None:
-    """Evaluate the pushed policy; its values join row `step` of the metrics."""
+def evaluate(run: Run, params: Any, step: int) -> None:
+    """Evaluate the pushed policy, whose weights are `params`; its values join row `step` of the metrics."""
     with run.stopwatch.stage("evaluate"):
-        evaluation = run.evaluator(run.policy, step)
+        evaluation = run.evaluator(run.policy, params, step)
     run.metrics.log(step, {f"eval/{name}": mean.value for name, mean in evaluation.metrics.items()})
     run.samples.log(step, evaluation.samples)
     set_aside(run, step, evaluation.scored)
@@ -106,7 +107,7 @@ def set_aside(run: Run, step: int, scored: Scored | None) -> None:
 
 def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str, Mean]) -> dict[str, float]:
     """One row of metrics.jsonl. Raises `NonFiniteError` if the loss or the gradient is not finite."""
-    means = dict(metrics)
+    means = dict(metrics) | dict(collected.metrics)
     if collected.scored is not None:
         means |= distillation_metrics(collected.scored, list(run.teachers.members) if run.teachers else [])
     values = {name: mean.value for name, mean in means.items()}

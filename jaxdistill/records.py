@@ -48,7 +48,8 @@ class Prompt:
 
     `index` is the row's place in its source and seeds its samples. `answer` is what a scorer
     compares with; `response` is the assistant's turn that follows in the data, which `sft` trains on.
-    `tools` are the tool descriptions both templates are given.
+    `tools` are the tool descriptions both templates are given. `metadata` is whatever else a row says for its
+    scorer; nothing else reads it.
     """
 
     messages: Sequence[Message]
@@ -57,6 +58,7 @@ class Prompt:
     answer: str | None = None
     response: Message | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

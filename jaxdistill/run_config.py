@@ -8,13 +8,14 @@ from pydantic import Field, model_validator
 from jaxdistill.checkpoint import CheckpointConfig
 from jaxdistill.config import StrictConfig
 from jaxdistill.data import DataConfig
-from jaxdistill.evaluate import EvalConfig
+from jaxdistill.evaluation import EvalConfig
 from jaxdistill.losses import ObjectiveConfig
 from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
 from jaxdistill.records import Part
+from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import RolloutConfig
 from jaxdistill.teachers import EmbeddedConfig, ServedSettings, TeacherConfig
 
@@ -24,7 +25,7 @@ _ASKED: Mapping[Part, tuple[str, str, str]] = {
     "shared": ("top_k", "16", "the teacher's most likely tokens"),
     "end": ("end_logprobs", "true", "the log-probability of the end of turn"),
 }
-_METRIC_GROUPS = frozenset({"eval", "seconds"})
+_METRIC_GROUPS = frozenset({"eval", "references", "seconds"})
 
 
 class RunSection(StrictConfig):
@@ -61,6 +62,7 @@ class RunConfig(StrictConfig):
     shapes: ShapesConfig = ShapesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    reward: RewardConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -88,6 +90,7 @@ class RunConfig(StrictConfig):
                 f"objective.kind={self.objective.kind} needs a teacher: section (objective.kind=sft does not)"
             )
         self.objective.check_temperature(self.rollout.temperature)
+        self._check_reward()
         return self
 
     @model_validator(mode="after")
@@ -114,6 +117,23 @@ class RunConfig(StrictConfig):
         if isinstance(teacher, EmbeddedConfig) or teacher.tokenizer is not None:
             return teacher
         return teacher.model_copy(update={"tokenizer": self.student.path})
+
+    def _check_reward(self) -> None:
+        coefficient = getattr(self.objective, "reward_coefficient", 0.0)
+        if self.reward is None and coefficient:
+            raise ValueError(f"objective.reward_coefficient={coefficient} needs a reward: section")
+        if self.reward is None:
+            return
+        if not coefficient:
+            raise ValueError(
+                f"a reward: section, but objective.kind={self.objective.kind} does not read it; set "
+                "objective.reward_coefficient, of an objective that has it, or leave reward: out"
+            )
+        if self.reward.normalize == "group" and self.rollout.samples_per_prompt == 1:
+            raise ValueError(
+                "reward.normalize=group compares the samples of one prompt, and rollout.samples_per_prompt "
+                "is 1: every reward would be 0; take more samples, or reward.normalize=none"
+            )
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:

@@ -68,5 +68,6 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for p in prompts:
         row = [p.messages, p.answer, p.response, p.source, p.tools]
+        row += [] if p.metadata is None else [p.metadata]
         digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

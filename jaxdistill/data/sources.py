@@ -16,8 +16,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     """All rows of a .jsonl, .json-lines or .parquet file, in order.
 
     A row has `messages`, and optionally `answer` (what a scorer compares with), `response` (the text of a
-    reference response), `tools` (tool descriptions, as a list or as its JSON text) and `source` (default:
-    the file's stem). Messages that end with the assistant's turn are a prompt and its reference.
+    reference response), `tools` (tool descriptions, as a list or as its JSON text), `metadata` (an object
+    for the row's scorer, or its JSON text) and `source` (default: the file's stem). Messages that end with
+    the assistant's turn are a prompt and its reference.
     Raises `ConfigError` for a missing or unknown kind of file, `DataError` for a row that is none.
     """
     if not path.is_file():
@@ -92,17 +93,30 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
         answer=row.get("answer"),
         response=response,
         tools=_tools(row.get("tools"), where),
+        metadata=_metadata(row.get("metadata"), where),
     )
 
 
+def _from_text(name: str, value: Any, where: str) -> Any:
+    """`tools` and `metadata` differ in shape from row to row, which a Parquet column cannot hold: there
+    they are written as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: {name!r} is text that is not JSON ({error})") from error
+
+
+def _metadata(value: Any, where: str) -> Mapping[str, Any] | None:
+    value = _from_text("metadata", value, where)
+    if value is not None and not isinstance(value, Mapping):
+        raise DataError(f"{where}: 'metadata' is {value!r:.80}; expected an object, or its JSON text")
+    return value
+
+
 def _tools(value: Any, where: str) -> list[Mapping[str, Any]] | None:
-    """The row's tool descriptions. Their shapes differ from tool to tool, which a Parquet column cannot
-    hold: there they are written as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: 'tools' is text that is not JSON ({error})") from error
+    value = _from_text("tools", value, where)
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):

@@ -7,7 +7,7 @@ import pytest
 from jaxdistill.__main__ import main
 
 
-@pytest.mark.parametrize("word", ["train", "serve", "export"])
+@pytest.mark.parametrize("word", ["train", "evaluate", "serve", "export"])
 def test_each_word_has_its_module(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert importlib.util.find_spec(f"jaxdistill.{word}") is not None
     with pytest.raises(SystemExit) as caught:
@@ -19,15 +19,15 @@ def test_each_word_has_its_module(word: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no command given, expected one of train, serve, export, report, doctor, align"),
+        ([], "no command given, expected one of train, evaluate, serve, export, report, doctor, align"),
         (
             ["trian"],
-            "unknown command 'trian', expected one of train, serve, export, report, doctor, align; "
+            "unknown command 'trian', expected one of train, evaluate, serve, export, report, doctor, align; "
             "did you mean 'train'?",
         ),
         (
             ["zzz", "--config", "x"],
-            "unknown command 'zzz', expected one of train, serve, export, report, doctor, align",
+            "unknown command 'zzz', expected one of train, evaluate, serve, export, report, doctor, align",
         ),
     ],
 )
@@ -41,4 +41,4 @@ def test_other_words_are_one_line_and_exit_2(
 def test_help_names_every_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {word} " in said for word in ("train", "serve", "export"))
+    assert all(f"\n  {word} " in said for word in ("train", "evaluate", "serve", "export"))

@@ -55,6 +55,8 @@ def test_jsonl_and_parquet_read_the_same(tmp_path):
         ({"messages": ROWS[0]["messages"], "tools": "{"}, "'tools' is text that is not JSON"),
         ({"messages": ROWS[0]["messages"], "tools": {"name": "f"}}, "expected a list of tool descriptions"),
         ({"messages": ROWS[0]["messages"], "answer": 3}, "'answer' is 3; expected a string"),
+        ({"messages": ROWS[0]["messages"], "metadata": [1]}, r"'metadata' is \[1\]; expected an object"),
+        ({"messages": ROWS[0]["messages"], "metadata": "{"}, "'metadata' is text that is not JSON"),
         ("{nonsense", "is not JSON"),
     ],
 )

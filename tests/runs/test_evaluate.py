@@ -1,0 +1,102 @@
+"""`jaxdistill evaluate`: the figures of a run's checkpoint are those the run itself logged there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .conftest import ROOT, environment, rows
+
+
+def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jaxdistill.evaluate", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(train, tmp_path_factory) -> Path:
+    """A small run that also measures references: answers of the toy task, for six of its eight rows."""
+    folder = tmp_path_factory.mktemp("runs")
+    lines = [json.loads(line) for line in (ROOT / "assets/toy/heldout.jsonl").read_text().splitlines()[:8]]
+    answered = [row | {"response": row["answer"]} for row in lines[:6]] + lines[6:]
+    heldout = folder / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in answered))
+    overrides = [f"eval.path={heldout}", "eval.references=true", "run.steps=4"]
+    # Two samples of so sure a student are mostly the same: beside each other they would teach nothing.
+    result = train(folder / "run", *overrides, "objective.baseline=batch")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def logged(run: Path, step: int) -> dict[str, float]:
+    row = next(row for row in rows(run) if row["step"] == step)
+    return {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+
+
+def test_references_are_measured_on_schedule(measured):
+    table = rows(measured)
+    assert all(row["recompiles"] == 0 for row in table[:-1])
+    first, last = logged(measured, 0), logged(measured, 4)
+    ours = ["student_bits_per_byte", "teacher_bits_per_byte", "cross_entropy_gap_per_byte"]
+    for figures in (first, last):
+        assert np.isfinite([figures[f"references/{name}"] for name in ours]).all()
+        # Every byte of these texts aligns, so that the gap is the difference of the two.
+        gap = figures["references/student_bits_per_byte"] - figures["references/teacher_bits_per_byte"]
+        assert figures["references/cross_entropy_gap_per_byte"] == pytest.approx(gap * np.log(2), abs=1e-5)
+        assert figures["teacher_logprob_per_byte"] < 0
+    assert first["references/teacher_bits_per_byte"] == last["references/teacher_bits_per_byte"]
+    assert first["references/student_bits_per_byte"] != last["references/student_bits_per_byte"]
+
+
+def test_the_figures_of_a_checkpoint_are_those_the_run_logged_there(measured, tmp_path):
+    out = tmp_path / "figures.json"
+    before = sorted(path.name for path in measured.iterdir())
+    result = evaluate("--run", str(measured), "--json", str(out))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(out.read_text())
+    assert (found["step"], found["prompts"]) == (4, 8)
+    assert found["metrics"] == logged(measured, 4)
+    assert f"{found['metrics']['reverse_kl_per_byte']:.4f}" in result.stdout and "step 4" in result.stdout
+    assert sorted(path.name for path in measured.iterdir()) == before
+
+
+def test_a_model_folder_in_place_of_the_config_s_student(measured, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "figures.json"
+    export = [sys.executable, "-m", "jaxdistill.export", "--run", str(measured), "--out", str(model)]
+    subprocess.run(export, cwd=ROOT, env=environment(), capture_output=True, check=True)
+    config = str(measured / "config.yaml")
+    result = evaluate("--config", config, "--model", str(model), "--json", str(out), "eval.scorer=numeric")
+    assert result.returncode == 0, result.stderr
+    found, expected = json.loads(out.read_text())["metrics"], logged(measured, 4)
+    # Its samples are others (they are those of step 0), its words on a given text are the same.
+    for name in ("student_bits_per_byte", "teacher_bits_per_byte", "cross_entropy_gap_per_byte"):
+        assert found[f"references/{name}"] == pytest.approx(expected[f"references/{name}"], abs=1e-6)
+    assert found["accuracy"] >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--run", "{run}", "--step", "3"], "no checkpoint of step 3"),
+        (["--run", "configs"], "no run folder"),
+        (["--config", "configs/quickstart.yaml", "eval.path=null"], "no held-out prompts"),
+        (["--config", "configs/quickstart.yaml", "eval.references=true"], "no row of eval.path="),
+        (["--config", "configs/quickstart.yaml", "eval.scorer=nope"], "scorer 'nope' is unknown"),
+        (["--config", "configs/quickstart.yaml", "--step", "3"], "--step names a checkpoint of --run"),
+        (["--run", "{run}", "--model", "x"], "--model goes with --config"),
+        ([], "one of the arguments --run --config is required"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(measured, arguments, says):
+    result = evaluate(*[argument.format(run=measured) for argument in arguments])
+    assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
