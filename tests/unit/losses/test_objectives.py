@@ -31,7 +31,7 @@ from tests.unit.losses.batches import (
 )
 
 # Student tokens 0 to 17 are the teacher's own, 18 begins with its token 3, 19 has none.
-FIRST = np.array([*range(18), 3, -1], np.int32)
+FIRST = (*range(18), 3, -1)
 
 SUM = SumConfig(
     terms=(

@@ -35,7 +35,7 @@ from tests.unit.losses.batches import (
     weights,
 )
 
-FIRST = np.array([*range(18), 3, -1], np.int32)
+FIRST = (*range(18), 3, -1)
 END = 7
 
 
@@ -350,7 +350,7 @@ EQUAL |= {
         for credit in ("projected", "broadcast")
     },
     "minillm chunk": MiniLLM(MiniLLMConfig(credit="chunk", baseline="none")),
-    "xtoken": XToken(XTokenConfig(), np.arange(VOCAB, dtype=np.int32), VOCAB),
+    "xtoken": XToken(XTokenConfig(), tuple(range(VOCAB)), VOCAB),
 }
 
 
