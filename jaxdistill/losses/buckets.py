@@ -112,7 +112,8 @@ def merge_equal(
 ) -> tuple[Int32[Array, "B C K"], Float32[Array, "B C K"]]:
     """Each id once: entries with the same one become its first place, with the sum of their masses."""
     same = (ids[..., :, None] == ids[..., None, :]) & (ids[..., None, :] >= 0)
-    first = (ids >= 0) & (jnp.argmax(same, axis=-1) == jnp.arange(ids.shape[-1]))
+    place = jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
+    first = (ids >= 0) & (jnp.argmax(same, axis=-1) == place)
     together = jax.nn.logsumexp(logprobs[..., None, :], axis=-1, where=same)
     return jnp.where(first, ids, -1), jnp.where(first, together, -jnp.inf)
 

@@ -47,18 +47,11 @@ def tile_objective(
     carry no gradient.
     """
 
-    def step(carry: Any, tile: tuple[Array, Targets]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, total(tile)), None
+    def step(_: None, tile: tuple[Array, Targets]) -> tuple[None, Any]:
+        return None, _summed(objective, _logits(tile[0], embedding), tile[1])
 
-    def total(tile: tuple[Array, Targets]) -> Any:
-        return _summed(objective, _logits(tile[0], embedding), tile[1])
-
-    tiles = _tiles(hidden, targets, width)
-    zero = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(total, jax.tree.map(lambda x: x[0], tiles)),
-    )
-    return jax.lax.scan(step, zero, tiles)[0]
+    _, totals = jax.lax.scan(step, None, _tiles(hidden, targets, width))
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), totals)
 
 
 def _summed(objective: TileObjective, logits: Array, targets: Targets) -> tuple[Array, Metrics]:

@@ -59,7 +59,7 @@ def first_teacher_tokens(student: Tokenizer, teacher: Tokenizer) -> Int32[np.nda
     return table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class XToken(Objective[XTokenConfig]):
     """Mean KL per shared state, in nats, over the teacher's listed tokens and one bucket for all others.
 
@@ -67,7 +67,7 @@ class XToken(Objective[XTokenConfig]):
     `first` is `first_teacher_tokens`, `teacher_size` the number of teacher ids.
     """
 
-    first: Int32[np.ndarray, " V"]
+    first: tuple[int, ...]  # not an array: compiled programs are told apart by the objective's value
     teacher_size: int
 
     @classmethod
@@ -80,7 +80,8 @@ class XToken(Objective[XTokenConfig]):
                 "with several, or name teachers that share a tokenizer"
             )
         (teacher,) = prints.values()
-        return cls(config, first_teacher_tokens(vocabularies.student, teacher), teacher.vocab_size)
+        first = first_teacher_tokens(vocabularies.student, teacher)
+        return cls(config, tuple(first.tolist()), teacher.vocab_size)
 
     def prepare(self, batch: Batch) -> Prepared:
         targets, weight = shared_targets(batch)
@@ -116,7 +117,8 @@ class XToken(Objective[XTokenConfig]):
         """The column of each of the model's ids; those beyond the tokenizer's, and those that go nowhere,
         share one after the teacher's last."""
         table = np.full(vocabulary, self.teacher_size, np.int32)
-        table[: len(self.first)] = np.where(self.first >= 0, self.first, self.teacher_size)
+        first = np.asarray(self.first)
+        table[: len(first)] = np.where(first >= 0, first, self.teacher_size)
         return table
 
     def _outcomes(self, vocabulary: int) -> int:

@@ -1,5 +1,5 @@
-"""Properties every objective has: masking equals dropping, padding changes nothing, gradients stay
-finite; and the values of each, written out in numpy."""
+"""Properties every objective has: masking equals dropping, padding, tiles and splits change nothing, what is
+masked is never read, gradients stay finite."""
 
 from dataclasses import replace
 
@@ -8,71 +8,71 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.batch import Batch
-from jaxdistill.losses import OBJECTIVES, evaluate_objective
+from jaxdistill.losses import OBJECTIVES, SequenceObjective, evaluate_objective, head
+from jaxdistill.losses.alm import ALM, ALMConfig
+from jaxdistill.losses.end_of_turn import EndOfTurn, EndOfTurnConfig
+from jaxdistill.losses.gkd import GKD, GKDConfig
+from jaxdistill.losses.gold import GOLD, GOLDConfig
+from jaxdistill.losses.minillm import MiniLLM, MiniLLMConfig
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
 from jaxdistill.losses.sft import SFT, SFTConfig
+from jaxdistill.losses.sum import Sum, SumConfig, TermConfig
+from jaxdistill.losses.uld import ULD, ULDConfig
+from jaxdistill.losses.xtoken import XToken, XTokenConfig
+from tests.unit.losses.batches import (
+    LENGTH,
+    ROWS,
+    TEACHER_VOCAB,
+    VOCAB,
+    loss_and_gradient,
+    make_batch,
+    on_device,
+    weights,
+)
 
-ROWS, LENGTH, HIDDEN, VOCAB = 4, 10, 6, 20
+# Student tokens 0 to 17 are the teacher's own, 18 begins with its token 3, 19 has none.
+FIRST = (*range(18), 3, -1)
 
-CASES = [
-    *(ReverseKL(ReverseKLConfig(credit=c)) for c in ("lookahead", "broadcast", "uniform", "proportional")),
-    ReverseKL(ReverseKLConfig(baseline="batch", normalize=False)),
-    ReverseKL(ReverseKLConfig(baseline="none")),
-    SFT(SFTConfig()),
-]
-IDS = ["lookahead", "broadcast", "uniform", "proportional", "batch baseline", "no baseline", "sft"]
-
-
-def make_batch(seed: int = 0, length: int = LENGTH) -> Batch:
-    """Rows of a three-token prompt and a response in chunks of two, the first token of row 0 unaligned."""
-    rng = np.random.default_rng(seed)
-    response = np.zeros((ROWS, length), bool)
-    response[:, 3:9] = True
-    response[1, 7:] = False
-    chunk = np.where(response, (np.arange(length)[None] - 3) // 2, -1).astype(np.int32)
-    chunk[0, 3] = -1
-    mask = chunk >= 0
-    teacher = rng.uniform(-6, 0, (ROWS, length)).astype(np.float32)
-    for row in range(ROWS):
-        for number in range(3):
-            teacher[row, chunk[row] == number] = -1.0 - number - 0.5 * row
-    return Batch(
-        tokens=rng.integers(0, VOCAB, (ROWS, length)).astype(np.int32),
-        response_mask=response,
-        loss_mask=mask,
-        behavior_logprobs=np.where(response, rng.uniform(-3, -0.1, (ROWS, length)), 0).astype(np.float32),
-        chunk_of_token=chunk,
-        teacher_logprob=np.where(mask, teacher, 0).astype(np.float32),
-        policy_version=np.zeros(ROWS, np.int32),
-        weight=np.ones(ROWS, np.float32),
-        same_vocabulary=np.zeros(ROWS, bool),
-        origin=np.zeros(ROWS, np.int32),
-        reward=np.zeros(ROWS, np.float32),
+SUM = SumConfig(
+    terms=(
+        TermConfig(objective=GKDConfig(), weight=0.5),
+        TermConfig(objective=ALMConfig(temperature=5.0), rows=("student",)),
+        TermConfig(objective=SFTConfig(), rows=("reference", "teacher"), name="warm"),
     )
+)
+CASES = {
+    **{
+        credit: ReverseKL(ReverseKLConfig(credit=credit))
+        for credit in ("lookahead", "broadcast", "uniform", "proportional", "projected")
+    },
+    "reward": ReverseKL(ReverseKLConfig(credit="projected", reward_coefficient=0.5)),
+    "batch baseline": ReverseKL(ReverseKLConfig(credit="lookahead", baseline="batch", normalize=False)),
+    "no baseline": ReverseKL(ReverseKLConfig(credit="lookahead", baseline="none")),
+    "sft": SFT(SFTConfig()),
+    **{f"gkd {beta}": GKD(GKDConfig(beta=beta, temperature=1 + beta)) for beta in (0.0, 0.5, 1.0)},
+    "minillm": MiniLLM(MiniLLMConfig(credit="projected", discount=0.9)),
+    "minillm sampled": MiniLLM(MiniLLMConfig(credit="projected", single_step=False, baseline="none")),
+    "minillm chunk": MiniLLM(MiniLLMConfig(credit="chunk", normalize=True)),
+    "uld": ULD(ULDConfig()),
+    "gold": GOLD(GOLDConfig(unmatched_weight=0.5)),
+    "alm": ALM(ALMConfig(temperature=5.0)),
+    "alm reverse": ALM(ALMConfig(beta=1.0)),
+    "xtoken": XToken(XTokenConfig(), FIRST, TEACHER_VOCAB),
+    "end forward": EndOfTurn(EndOfTurnConfig(), 7),
+    "end reverse": EndOfTurn(EndOfTurnConfig(beta=1.0), 7),
+    "sum": Sum(SUM, (GKD(GKDConfig()), ALM(ALMConfig(temperature=5.0)), SFT(SFTConfig()))),
+}
+everywhere = pytest.mark.parametrize("objective", CASES.values(), ids=CASES.keys())
 
 
-def weights(seed: int = 1, length: int = LENGTH):
-    hidden = jax.random.normal(jax.random.key(seed), (ROWS, LENGTH, HIDDEN))
-    hidden = jnp.pad(hidden, ((0, 0), (0, length - LENGTH), (0, 0)), constant_values=3.0)
-    return hidden, jax.random.normal(jax.random.key(seed + 1), (VOCAB, HIDDEN))
+def mixed_batch():
+    """A batch in which row 1 is a reference."""
+    return replace(make_batch(), origin=np.array([0, 1, 0, 0], np.int32))
 
 
-def loss_and_gradient(objective, batch, hidden, embedding):
-    def loss(h, e):
-        out = evaluate_objective(objective, objective.prepare(batch), h, e)
-        return out.objective.total / out.objective.weight
-
-    return jax.value_and_grad(loss, (0, 1))(hidden, embedding)
-
-
-def on_device(batch: Batch) -> Batch:
-    return jax.tree.map(jnp.asarray, batch)
-
-
-@pytest.mark.parametrize("objective", CASES, ids=IDS)
+@everywhere
 def test_masking_a_row_equals_dropping_it(objective):
-    batch, (hidden, embedding) = on_device(make_batch()), weights()
+    batch, (hidden, embedding) = on_device(mixed_batch()), weights()
     masked = replace(batch, weight=batch.weight.at[2].set(0.0))
     kept = jnp.asarray([0, 1, 3])
     dropped = jax.tree.map(lambda leaf: leaf[kept], batch)
@@ -84,12 +84,14 @@ def test_masking_a_row_equals_dropping_it(objective):
     np.testing.assert_array_equal(d_hidden[2], 0)
 
 
-@pytest.mark.parametrize("objective", CASES, ids=IDS)
+@everywhere
 def test_padding_changes_nothing(objective):
-    batch, (hidden, embedding) = make_batch(), weights()
-    extra = ((0, 0), (0, 6))
-    padded = jax.tree.map(lambda x: np.pad(x, extra) if x.ndim == 2 else x, batch)
-    padded = replace(padded, chunk_of_token=np.pad(batch.chunk_of_token, extra, constant_values=-1))
+    batch, (hidden, embedding) = mixed_batch(), weights()
+    padded = jax.tree.map(
+        lambda x: np.pad(x, [(0, 0), (0, 6)] + [(0, 0)] * (x.ndim - 2)) if x.ndim > 1 else x, batch
+    )
+    chunk = np.pad(batch.chunk_of_token, ((0, 0), (0, 6)), constant_values=-1)
+    padded = replace(padded, chunk_of_token=chunk)
     long_hidden, _ = weights(length=LENGTH + 6)
     value, (d_hidden, d_embedding) = loss_and_gradient(objective, on_device(batch), hidden, embedding)
     other, (d_long, d_other) = loss_and_gradient(objective, on_device(padded), long_hidden, embedding)
@@ -99,14 +101,27 @@ def test_padding_changes_nothing(objective):
     np.testing.assert_array_equal(d_long[:, LENGTH:], 0)
 
 
-@pytest.mark.parametrize("objective", CASES, ids=IDS)
+@everywhere
 def test_masked_positions_are_never_read(objective):
-    """Garbage where the masks are false, NaN included, reaches neither value nor gradient."""
-    batch, (hidden, embedding) = make_batch(), weights()
+    """Garbage where the masks are false, NaN and wild ids included, reaches neither value nor gradient."""
+    batch, (hidden, embedding) = mixed_batch(), weights()
+
+    def spoil(values, mask):
+        garbage = np.nan if values.dtype == np.float32 else 10**6
+        return np.where(mask if values.ndim == 2 else mask[..., None], values, garbage).astype(values.dtype)
+
+    def spoil_part(part):
+        names = {"logprob", "logprobs", "ids", "student_ids"} & set(vars(part))
+        return replace(part, **{name: spoil(getattr(part, name), part.mask) for name in names})
+
+    own = batch.response_mask & (batch.origin == 0)[:, None]
     garbage = replace(
         batch,
-        teacher_logprob=np.where(batch.loss_mask, batch.teacher_logprob, np.nan).astype(np.float32),
-        behavior_logprobs=np.where(batch.response_mask, batch.behavior_logprobs, np.nan).astype(np.float32),
+        teacher_logprob=spoil(batch.teacher_logprob, batch.loss_mask),
+        behavior_logprobs=spoil(batch.behavior_logprobs, own),
+        projection=spoil_part(batch.projection),
+        shared=spoil_part(batch.shared),
+        end=spoil_part(batch.end),
     )
     clean = loss_and_gradient(objective, on_device(batch), hidden, embedding)
     dirty = loss_and_gradient(objective, on_device(garbage), hidden, embedding)
@@ -114,7 +129,7 @@ def test_masked_positions_are_never_read(objective):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dirty))
 
 
-@pytest.mark.parametrize("objective", CASES, ids=IDS)
+@everywhere
 def test_an_empty_batch_gives_zero_not_nan(objective):
     batch, (hidden, embedding) = make_batch(), weights()
     empty = replace(
@@ -126,6 +141,65 @@ def test_an_empty_batch_gives_zero_not_nan(objective):
     value, gradients = loss_and_gradient(objective, on_device(empty), hidden, embedding)
     assert value == 0
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradients)
+
+
+@everywhere
+def test_a_teacher_that_is_certain_or_silent_stays_finite(objective):
+    """Lists of mass one, lists with nothing known, ends of probability 0 and 1."""
+    batch, (hidden, embedding) = make_batch(), weights()
+
+    def extreme(part):
+        logprobs = np.full_like(part.logprobs, -np.inf)
+        logprobs[:, ::2, 0] = 0.0  # one token has it all; at the other states nothing is known
+        return replace(part, logprobs=logprobs)
+
+    end = np.where(np.arange(LENGTH) % 2, -np.inf, 0.0).astype(np.float32)
+    batch = replace(
+        batch,
+        projection=extreme(batch.projection),
+        shared=extreme(batch.shared),
+        end=replace(batch.end, logprob=np.tile(end, (ROWS, 1))),
+        teacher_logprob=np.zeros_like(batch.teacher_logprob),
+    )
+    got = loss_and_gradient(objective, on_device(batch), 20 * hidden, embedding)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
+@everywhere
+@pytest.mark.parametrize("columns", [1, 3])
+def test_tiles_of_any_width_give_the_same(objective, columns, monkeypatch):
+    batch, (hidden, embedding) = on_device(mixed_batch()), weights()
+    whole = loss_and_gradient(objective, batch, hidden, embedding)
+    monkeypatch.setattr(head, "TILE_LOGITS", ROWS * VOCAB * columns)
+    tiled = loss_and_gradient(objective, batch, hidden, embedding)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, tiled)
+
+
+@everywhere
+def test_a_split_into_microbatches_changes_nothing(objective):
+    """After `prepare` the halves' sums add up to the whole's: of the objective and of every metric."""
+    batch, (hidden, embedding) = on_device(mixed_batch()), weights()
+    prepared = replace(jax.jit(objective.prepare)(batch), metrics={})
+
+    @jax.jit
+    def evaluate(targets, hidden):
+        return evaluate_objective(objective, replace(prepared, targets=targets), hidden, embedding)
+
+    whole = evaluate(prepared.targets, hidden)
+    halves = [
+        evaluate(*jax.tree.map(lambda x, rows=rows: x[rows], (prepared.targets, hidden)))
+        for rows in (np.s_[:2], np.s_[2:])
+    ]
+    total = sum(half.objective.total for half in halves)
+    np.testing.assert_allclose(total, whole.objective.total, rtol=1e-5, atol=1e-6)
+    for name, mean in whole.metrics.items():
+        joined = halves[0].metrics[name] + halves[1].metrics[name]
+        np.testing.assert_allclose(joined.value, mean.value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_only_sums_and_what_is_not_a_sum_of_tokens_take_a_first_pass():
+    two_passes = {type(case) for case in CASES.values() if isinstance(case, SequenceObjective)}
+    assert two_passes == {ALM, Sum}
 
 
 def test_the_unaligned_tokens_alone_are_left_out():
@@ -145,7 +219,7 @@ def test_reverse_kl_value_on_fresh_rows():
     """With behaviour logprobs equal to the model's own the ratio is 1: the objective is the mean of
     minus the advantage, and its gradient that of -A log p."""
     objective = ReverseKL(ReverseKLConfig(credit="broadcast", baseline="none", normalize=False))
-    batch, (hidden, embedding) = make_batch(), weights()
+    batch, (hidden, embedding) = replace(make_batch(), weight=np.ones(ROWS, np.float32)), weights()
     logprobs = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, embedding))
     own = np.zeros((ROWS, LENGTH), np.float32)
     own[:, 1:] = jnp.take_along_axis(logprobs[:, :-1], jnp.asarray(batch.tokens)[:, 1:, None], -1)[..., 0]
@@ -169,7 +243,7 @@ def test_reverse_kl_value_on_fresh_rows():
 
 
 def test_sft_is_cross_entropy():
-    batch, (hidden, embedding) = make_batch(), weights()
+    batch, (hidden, embedding) = replace(make_batch(), weight=np.ones(ROWS, np.float32)), weights()
     value, _ = loss_and_gradient(SFT(SFTConfig()), on_device(batch), hidden, embedding)
     lp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, embedding))[:, :-1]
     chosen = np.take_along_axis(np.asarray(lp), batch.tokens[:, 1:, None], -1)[..., 0]
@@ -177,4 +251,4 @@ def test_sft_is_cross_entropy():
 
 
 def test_every_registered_objective_is_covered_here():
-    assert {type(case) for case in CASES} == set(OBJECTIVES.values())
+    assert {type(case) for case in CASES.values()} == set(OBJECTIVES.values())
