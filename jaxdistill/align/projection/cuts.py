@@ -37,6 +37,7 @@ Letters: N questions, R student tokens, B borders asked for.
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -259,34 +260,47 @@ class Cuts:
         self._find_continuations([*zip(texts, tokens, strict=True), *zip(behind, tokens, strict=True)])
         found = []
         for text, after, token, is_cut in zip(texts, behind, tokens, kept, strict=True):
-            if is_cut and (whole := self._continuations[text, token]):
-                found.append(whole)
-            elif not is_cut and _ends_in_space(text):
-                found.append(b"a")
-            else:
-                found.append(self._continuations[after, token])
+            whole = self._continuations[text, token] if is_cut else b""
+            found.append(whole or self._continuations[after, token])
         return found
 
     def _find_continuations(self, asked: Sequence[tuple[bytes, int]]) -> None:
-        """For each text and the teacher token it ends with: what the first longer token of the student's
-        vocabulary has behind it, of those behind which the teacher would still write this token."""
+        """For each text and the teacher token it ends with, one behind which the teacher still writes this
+        token: a letter behind white space, else what the first longer student token has behind the text."""
         new = [pair for pair in dict.fromkeys(asked) if pair not in self._continuations]
-        tried = [(pair, more) for pair in new for more in self._first_longer(pair[0])]
+        tried = [(pair, more) for pair in new for more in self._candidates(*pair)]
         tokens = np.asarray([token for (_, token), _ in tried], np.int32)
         wholes = self._rests(tokens, np.zeros(len(tried), np.int64))
         read = self._encode_teacher([w + more for w, (_, more) in zip(wholes, tried, strict=True)])
-        stands = np.searchsorted(read.ends, read.starts)
-        written = read.ids[stands] == tokens if len(tried) else []
+        written = read.ids[np.searchsorted(read.ends, read.starts)] == tokens if tried else []
         self._continuations.update(dict.fromkeys(new, b""))
         for (pair, more), possible in zip(reversed(tried), reversed(written), strict=True):
             if possible:
                 self._continuations[pair] = more
 
-    def _first_longer(self, prefix: bytes) -> list[bytes]:
-        low = bisect_right(self._pieces, prefix)
-        high = bisect_left(self._pieces, prefix + b"\xff" * 8, lo=low)
+    def _candidates(self, text: bytes, token: int) -> list[bytes]:
+        letter = [b"a"] if _ends_in_space(text) else []
+        if len(text) == self._ends[token] - self._starts[token]:  # the token itself, whole
+            piece = int(self._longer_piece[token])
+            return [*letter, self._pieces[piece][len(text) :]] if piece >= 0 else letter
+        low = bisect_right(self._pieces, text)
+        high = bisect_left(self._pieces, text + b"\xff" * 8, lo=low)
         first = low + np.argsort(self._ranks[low:high])[:_TRIED]
-        return [self._pieces[index][len(prefix) :] for index in first.tolist()]
+        return [*letter, *(self._pieces[index][len(text) :] for index in first.tolist())]
+
+    @cached_property
+    def _longer_piece(self) -> Int64[np.ndarray, " V"]:
+        """By teacher token, the first longer student token that the teacher cuts behind this token, as its
+        place in `_pieces`; -1 without one."""
+        found = np.full(len(self._starts), -1, np.int64)
+        order = np.argsort(self._ranks)[::-1]
+        read = self._encode_teacher([self._pieces[index] for index in order.tolist()])
+        at = np.minimum(np.searchsorted(read.ends, read.starts), len(read.ids) - 1)
+        first = read.ids[at]
+        lengths = np.asarray([len(self._pieces[index]) for index in order.tolist()], np.int64)
+        longer = lengths > (self._ends - self._starts)[first]
+        found[first[longer]] = order[longer]  # of several the last stays: the first of the vocabulary
+        return found
 
     def _first_behind(self, contexts: Sequence[_Context], texts: Sequence[bytes]) -> Int64[np.ndarray, " N"]:
         """The student's token behind each context in its text, -1 where its last token is not kept."""

@@ -12,9 +12,9 @@ and that share, kappa of the term, is known as far as what follows v is known:
 
 - v is the path's own token. What follows is the rest of it behind e, and then what the teacher proposes at
   the next position: the share of these next tokens w behind which the student cuts, given the rest of v and w
-  (of the tokens seen; of the unseen nothing is known). Where the rest of v decides alone, no w is asked. Where
-  w is the path's own and does not decide, what is proposed behind it does, `_LEVELS` tokens far; if it is
-  still open there, or the response ends, it counts as what the student does in the response itself.
+  (of the tokens seen; of the unseen nothing is known). Where the rest of v decides alone, no w is asked.
+  Where w is the path's own and does not decide, what is proposed behind it does, `_LEVELS` tokens far; if it
+  is still open there, or the response ends, it counts as what the student does in the response itself.
 - v is another token that reaches beyond e. Its own bytes follow e, then nothing is known. If they decide, the
   share is 0 or 1.
 - v is another token that ends at e. Nothing behind it is scored. If no student token holds the byte before e
