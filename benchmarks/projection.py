@@ -11,7 +11,6 @@ with noticeable probability: hardly any question comes twice, the worst case for
 """
 
 import argparse
-import itertools
 import json
 import time
 from collections import Counter
@@ -83,7 +82,8 @@ def main() -> None:
     options = parser.parse_args()
     student, teacher = Tokenizer.load(options.student), Tokenizer.load(options.teacher)
     makers = (("followers", Followers(student, teacher)), ("near", Near(teacher)))
-    for (name, propose), proposals in itertools.product(makers, options.proposals):
+    runs = [(name, propose, k) for name, propose in makers for k in options.proposals]
+    for name, propose, proposals in runs:
         begin = time.process_time()
         projector = Projector(student, teacher, candidates=proposals)
         print(json.dumps({"loading": round(time.process_time() - begin, 2)}), flush=True)
