@@ -45,7 +45,6 @@ from jaxtyping import Bool, Int32, Int64
 
 from jaxdistill.align.projection.contexts import context_starts
 from jaxdistill.align.projection.memory import Memory
-from jaxdistill.align.projection.together import Together
 from jaxdistill.records import TokenSpans
 from jaxdistill.text import Tokenizer
 
@@ -91,7 +90,7 @@ class Cuts:
         order = sorted((piece, rank) for rank, piece in enumerate(ranked) if piece)
         self._pieces = [piece for piece, _ in order]
         self._ranks = np.asarray([rank for _, rank in order], np.int64)
-        self._encode, self._encode_teacher = Together(student), Together(teacher)
+        self._teacher = teacher
         self._forget()
 
     def _forget(self) -> None:
@@ -271,8 +270,8 @@ class Cuts:
         tried = [(pair, more) for pair in new for more in self._candidates(*pair)]
         tokens = np.asarray([token for (_, token), _ in tried], np.int32)
         wholes = self._rests(tokens, np.zeros(len(tried), np.int64))
-        read = self._encode_teacher([w + more for w, (_, more) in zip(wholes, tried, strict=True)])
-        written = read.ids[np.searchsorted(read.ends, read.starts)] == tokens if tried else []
+        first = _first_ids(self._teacher, [w + more for w, (_, more) in zip(wholes, tried, strict=True)])
+        written = (first == tokens).tolist()
         self._continuations.update(dict.fromkeys(new, b""))
         for (pair, more), possible in zip(reversed(tried), reversed(written), strict=True):
             if possible:
@@ -294,22 +293,22 @@ class Cuts:
         place in `_pieces`; -1 without one."""
         found = np.full(len(self._starts), -1, np.int64)
         order = np.argsort(self._ranks)[::-1]
-        read = self._encode_teacher([self._pieces[index] for index in order.tolist()])
-        at = np.minimum(np.searchsorted(read.ends, read.starts), len(read.ids) - 1)
-        first = read.ids[at]
+        first = _first_ids(self._teacher, [self._pieces[index] for index in order.tolist()])
         lengths = np.asarray([len(self._pieces[index]) for index in order.tolist()], np.int64)
-        longer = lengths > (self._ends - self._starts)[first]
+        longer = (first >= 0) & (lengths > (self._ends - self._starts)[first])
         found[first[longer]] = order[longer]  # of several the last stays: the first of the vocabulary
         return found
 
     def _first_behind(self, contexts: Sequence[_Context], texts: Sequence[bytes]) -> Int64[np.ndarray, " N"]:
         """The student's token behind each context in its text, -1 where its last token is not kept."""
-        read = self._encode(texts)
-        border = read.starts + np.asarray([len(context.before) for context in contexts], np.int64)
+        ids, ends, counts = self._student.encode_short(texts)
+        ends = np.concatenate([np.zeros(1, np.int64), ends])  # a token ends where the next begins
+        starts = ends[np.cumsum(counts) - counts]
+        border = starts + np.asarray([len(context.before) for context in contexts], np.int64)
         last = np.asarray([context.last for context in contexts], np.int64)
-        at = np.minimum(np.searchsorted(read.ends, border), len(read.ends) - 1)
-        kept = (read.ends[at] == border) & ((last == 0) | (read.ends[np.maximum(at - 1, 0)] == border - last))
-        ids = np.append(read.ids, 0).astype(np.int64)  # behind the end of all of them: nobody's
+        at = np.minimum(np.searchsorted(ends, border), len(ids))
+        kept = (ends[at] == border) & ((last == 0) | (ends[np.maximum(at - 1, 0)] == border - last))
+        ids = np.append(ids, 0).astype(np.int64)  # behind the end of all of them: nobody's
         return np.where(kept, ids[at], _NOT_KEPT)
 
 
@@ -325,6 +324,12 @@ def _is_open(before: bytes) -> bool:
 
 def _ends_in_space(data: bytes) -> bool:
     return data[-4:].decode("utf-8", "ignore")[-1:].isspace()
+
+
+def _first_ids(tokenizer: Tokenizer, texts: Sequence[bytes]) -> Int32[np.ndarray, " N"]:
+    """The first token of each text, -1 for one that has none."""
+    ids, _, counts = tokenizer.encode_short(texts)
+    return np.where(counts > 0, np.append(ids, -1)[np.cumsum(counts) - counts], -1).astype(np.int32)
 
 
 def _joined_bytes(tokenizer: Tokenizer) -> Bool[np.ndarray, " 65536"]:
