@@ -4,17 +4,18 @@ The genuine tokenizer does three things that must not happen to a response: it p
 into control tokens, it normalises Unicode, and it may put a space in front. A second tokenizer is built
 from the same file with these three removed. Whatever still comes back altered is replaced by byte tokens.
 
-Letters: V vocabulary ids, N tokens.
+Letters: V vocabulary ids, N tokens, C contents.
 """
 
 import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 from tokenizers import Tokenizer as RawTokenizer
 
 from jaxdistill.errors import ConfigError
@@ -177,6 +178,32 @@ class ContentEncoder:
                 ids = np.concatenate(parts) if parts else ids
             rows.append(ids)
         return rows
+
+    def encode_short(
+        self, contents: Sequence[bytes]
+    ) -> tuple[Int32[np.ndarray, " N"], Int64[np.ndarray, " C"]]:
+        """`encode_batch` of very many short contents: their ids in one row, and how many are each one's."""
+        texts = [content.decode("utf-8", "surrogateescape") for content in contents]
+        odd = np.asarray([self._odd.search(text) is not None for text in texts], bool)
+        plain = ["" if is_odd else text for text, is_odd in zip(texts, odd.tolist(), strict=True)]
+        rows = [encoding.ids for encoding in self._raw.encode_batch_fast(plain, add_special_tokens=False)]
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = self._ids[np.fromiter(chain.from_iterable(rows), np.int64, int(counts.sum()))]
+        row = np.repeat(np.arange(len(rows)), counts)
+        # What `encode_batch` would mend: bytes that come back otherwise, and control tokens.
+        sizes = np.bincount(row, weights=self._table.lengths[ids], minlength=len(rows))
+        odd |= sizes != np.fromiter(map(len, contents), np.int64, len(rows))
+        odd[row[self._control[ids]]] = True
+        kept = [b"" if is_odd else content for content, is_odd in zip(contents, odd.tolist(), strict=True)]
+        if self._table.join(ids[~odd[row]])[0] != b"".join(kept):
+            odd[:] = True
+        slow = np.flatnonzero(odd).tolist()
+        if not slow:
+            return ids, counts
+        parts = np.split(ids, np.cumsum(counts)[:-1])
+        for index, own in zip(slow, self.encode_batch([contents[index] for index in slow]), strict=True):
+            parts[index], counts[index] = own, len(own)
+        return np.concatenate(parts), counts
 
     def _split(self, content: bytes) -> list[str | bytes]:
         """Stretches of text (str) and of bytes that only byte tokens can carry (bytes)."""

@@ -37,6 +37,7 @@ Letters: N questions, R student tokens, B borders asked for.
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,6 @@ from jaxtyping import Bool, Int32, Int64
 
 from jaxdistill.align.projection.contexts import context_starts
 from jaxdistill.align.projection.memory import Memory
-from jaxdistill.align.projection.together import Together
 from jaxdistill.records import TokenSpans
 from jaxdistill.text import Tokenizer
 
@@ -90,7 +90,7 @@ class Cuts:
         order = sorted((piece, rank) for rank, piece in enumerate(ranked) if piece)
         self._pieces = [piece for piece, _ in order]
         self._ranks = np.asarray([rank for _, rank in order], np.int64)
-        self._encode, self._encode_teacher = Together(student), Together(teacher)
+        self._teacher = teacher
         self._forget()
 
     def _forget(self) -> None:
@@ -259,43 +259,56 @@ class Cuts:
         self._find_continuations([*zip(texts, tokens, strict=True), *zip(behind, tokens, strict=True)])
         found = []
         for text, after, token, is_cut in zip(texts, behind, tokens, kept, strict=True):
-            if is_cut and (whole := self._continuations[text, token]):
-                found.append(whole)
-            elif not is_cut and _ends_in_space(text):
-                found.append(b"a")
-            else:
-                found.append(self._continuations[after, token])
+            whole = self._continuations[text, token] if is_cut else b""
+            found.append(whole or self._continuations[after, token])
         return found
 
     def _find_continuations(self, asked: Sequence[tuple[bytes, int]]) -> None:
-        """For each text and the teacher token it ends with: what the first longer token of the student's
-        vocabulary has behind it, of those behind which the teacher would still write this token."""
+        """For each text and the teacher token it ends with, one behind which the teacher still writes this
+        token: a letter behind white space, else what the first longer student token has behind the text."""
         new = [pair for pair in dict.fromkeys(asked) if pair not in self._continuations]
-        tried = [(pair, more) for pair in new for more in self._first_longer(pair[0])]
+        tried = [(pair, more) for pair in new for more in self._candidates(*pair)]
         tokens = np.asarray([token for (_, token), _ in tried], np.int32)
         wholes = self._rests(tokens, np.zeros(len(tried), np.int64))
-        read = self._encode_teacher([w + more for w, (_, more) in zip(wholes, tried, strict=True)])
-        stands = np.searchsorted(read.ends, read.starts)
-        written = read.ids[stands] == tokens if len(tried) else []
+        first = _first_ids(self._teacher, [w + more for w, (_, more) in zip(wholes, tried, strict=True)])
+        written = (first == tokens).tolist()
         self._continuations.update(dict.fromkeys(new, b""))
         for (pair, more), possible in zip(reversed(tried), reversed(written), strict=True):
             if possible:
                 self._continuations[pair] = more
 
-    def _first_longer(self, prefix: bytes) -> list[bytes]:
-        low = bisect_right(self._pieces, prefix)
-        high = bisect_left(self._pieces, prefix + b"\xff" * 8, lo=low)
+    def _candidates(self, text: bytes, token: int) -> list[bytes]:
+        letter = [b"a"] if _ends_in_space(text) else []
+        if len(text) == self._ends[token] - self._starts[token]:  # the token itself, whole
+            piece = int(self._longer_piece[token])
+            return [*letter, self._pieces[piece][len(text) :]] if piece >= 0 else letter
+        low = bisect_right(self._pieces, text)
+        high = bisect_left(self._pieces, text + b"\xff" * 8, lo=low)
         first = low + np.argsort(self._ranks[low:high])[:_TRIED]
-        return [self._pieces[index][len(prefix) :] for index in first.tolist()]
+        return [*letter, *(self._pieces[index][len(text) :] for index in first.tolist())]
+
+    @cached_property
+    def _longer_piece(self) -> Int64[np.ndarray, " V"]:
+        """By teacher token, the first longer student token that the teacher cuts behind this token, as its
+        place in `_pieces`; -1 without one."""
+        found = np.full(len(self._starts), -1, np.int64)
+        order = np.argsort(self._ranks)[::-1]
+        first = _first_ids(self._teacher, [self._pieces[index] for index in order.tolist()])
+        lengths = np.asarray([len(self._pieces[index]) for index in order.tolist()], np.int64)
+        longer = (first >= 0) & (lengths > (self._ends - self._starts)[first])
+        found[first[longer]] = order[longer]  # of several the last stays: the first of the vocabulary
+        return found
 
     def _first_behind(self, contexts: Sequence[_Context], texts: Sequence[bytes]) -> Int64[np.ndarray, " N"]:
         """The student's token behind each context in its text, -1 where its last token is not kept."""
-        read = self._encode(texts)
-        border = read.starts + np.asarray([len(context.before) for context in contexts], np.int64)
+        ids, ends, counts = self._student.encode_short(texts)
+        ends = np.concatenate([np.zeros(1, np.int64), ends])  # a token ends where the next begins
+        starts = ends[np.cumsum(counts) - counts]
+        border = starts + np.asarray([len(context.before) for context in contexts], np.int64)
         last = np.asarray([context.last for context in contexts], np.int64)
-        at = np.minimum(np.searchsorted(read.ends, border), len(read.ends) - 1)
-        kept = (read.ends[at] == border) & ((last == 0) | (read.ends[np.maximum(at - 1, 0)] == border - last))
-        ids = np.append(read.ids, 0).astype(np.int64)  # behind the end of all of them: nobody's
+        at = np.minimum(np.searchsorted(ends, border), len(ids))
+        kept = (ends[at] == border) & ((last == 0) | (ends[np.maximum(at - 1, 0)] == border - last))
+        ids = np.append(ids, 0).astype(np.int64)  # behind the end of all of them: nobody's
         return np.where(kept, ids[at], _NOT_KEPT)
 
 
@@ -311,6 +324,12 @@ def _is_open(before: bytes) -> bool:
 
 def _ends_in_space(data: bytes) -> bool:
     return data[-4:].decode("utf-8", "ignore")[-1:].isspace()
+
+
+def _first_ids(tokenizer: Tokenizer, texts: Sequence[bytes]) -> Int32[np.ndarray, " N"]:
+    """The first token of each text, -1 for one that has none."""
+    ids, _, counts = tokenizer.encode_short(texts)
+    return np.where(counts > 0, np.append(ids, -1)[np.cumsum(counts) - counts], -1).astype(np.int32)
 
 
 def _joined_bytes(tokenizer: Tokenizer) -> Bool[np.ndarray, " 65536"]:

@@ -261,7 +261,7 @@ class _Sums:
         keys, inverse = np.unique(np.concatenate(self.keys), return_inverse=True)
         shares, certain = np.concatenate(self.shares), np.concatenate(self.certain)
         share, doubt = (
-            np.bincount(inverse, weights=np.where(which, shares, 0.0), minlength=len(keys))
+            np.bincount(inverse, weights=np.where(which, shares, 0.0), minlength=len(keys)).astype(np.float64)
             for which in (certain, ~certain)
         )
         return _Candidates(keys >> 32, (keys & 0xFFFFFFFF).astype(np.int32), share, doubt)

@@ -12,9 +12,9 @@ and that share, kappa of the term, is known as far as what follows v is known:
 
 - v is the path's own token. What follows is the rest of it behind e, and then what the teacher proposes at
   the next position: the share of these next tokens w behind which the student cuts, given the rest of v and w
-  (of the tokens seen; of the unseen nothing is known). Where the rest of v decides alone, no w is asked. The
-  response itself goes on with its own next token, and whether the student cuts there is known from the
-  response: it counts so, whatever lies behind it.
+  (of the tokens seen; of the unseen nothing is known). Where the rest of v decides alone, no w is asked.
+  Where w is the path's own and does not decide, what is proposed behind it does, `_LEVELS` tokens far; if it
+  is still open there, or the response ends, it counts as what the student does in the response itself.
 - v is another token that reaches beyond e. Its own bytes follow e, then nothing is known. If they decide, the
   share is 0 or 1.
 - v is another token that ends at e. Nothing behind it is scored. If no student token holds the byte before e
@@ -53,6 +53,7 @@ from jaxdistill.records import Alignment, TeacherScores, TokenSpans
 _UNDECIDED = 0.5
 _ENDED = 1.0
 _LEAST = 1e-4
+_LEVELS = 4  # of the path's own tokens, behind which what follows is looked at
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def _path_shares(
     if len(at):
         longer = places.contexts[at]
         longer[rest[at]] = cuts.longer(longer[rest[at]], token[at][rest[at]], offset[at][rest[at]])
-        found = _next_shares(longer, proposals, holder[at] + 1, student, places, at, cuts)
+        found = _next_shares(longer, proposals, holder[at] + 1, student, places, at, cuts, _LEVELS)
         least[at], most[at], value[at] = found.least, found.most, found.value
     return _Shares(least, most, value)
 
@@ -337,11 +338,12 @@ def _next_shares(
     places: _Places,
     border: Int64[np.ndarray, " N"],
     cuts: Cuts,
+    levels: int,
 ) -> _Shares:
     """The share of the tokens seen at each position behind which the student cuts at a border.
 
-    `contexts` are those of the borders with the rest of the path's own token. Where the response's own next
-    token does not decide, the response does.
+    `contexts` are those of the borders with the rest of the path's own token. Where the path's own next token
+    does not decide, those behind it do, `levels` tokens far, and in the end the response itself.
     """
     ids, probability = proposals.ids[position], np.exp(proposals.logprobs[position])
     sampled, rows = proposals.sampled[position], np.arange(len(position))
@@ -350,17 +352,24 @@ def _next_shares(
     asked[rows, sampled] = True
     at = np.nonzero(asked)
     alone[at], going_on[at] = cuts.at(contexts[at[0]], ids[at], np.zeros(len(at[0]), np.int64))
-    value = np.where(asked & (alone != going_on), _UNDECIDED, alone | going_on)
-    own = np.flatnonzero(~(alone & going_on)[rows, sampled])
+    undecided = np.where(asked & (alone != going_on), _UNDECIDED, alone | going_on)
+    shares = np.stack([alone & going_on, alone | going_on, undecided]).astype(np.float64)
+    open_ = shares[0][rows, sampled] == 0
+    on = np.flatnonzero(open_ & (levels > 1) & (position + 1 < len(proposals.ids)))
+    if len(on):
+        own = ids[on, sampled[on]]
+        longer = cuts.longer(contexts[on], own, np.zeros(len(on), np.int64))
+        found = _next_shares(
+            longer, proposals, position[on] + 1, student, places, border[on], cuts, levels - 1
+        )
+        shares[:, on, sampled[on]] = found.least, found.most, found.value
+        open_[on] = False
+    own = np.flatnonzero(open_)
     own = own[cuts.known(student, places.tokens[border[own]], places.contexts[border[own]])]
-    going_on[own, sampled[own]], value[own, sampled[own]] = True, 1.0
+    shares[:, own, sampled[own]] = 1.0
     # The sampled token counts even where its probability is so small that it is none in float32.
     probability[rows, sampled] = np.maximum(probability[rows, sampled], np.finfo(np.float64).tiny)
-    seen = probability.sum(axis=1)
-    least, most, value = (
-        (probability * share).sum(axis=1) / seen for share in (alone & going_on, alone | going_on, value)
-    )
-    return _Shares(least, most, value)
+    return _Shares(*((probability * share).sum(axis=1) / probability.sum(axis=1) for share in shares))
 
 
 def _shorter(

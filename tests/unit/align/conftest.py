@@ -1,14 +1,14 @@
 """Token spans made by hand, small genuine tokenizers, and tokenizers made by hand."""
 
+import functools
 import importlib.util
-import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-from tokenizers import Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as RawTokenizer
 
 from jaxdistill.records import TokenSpans
 from jaxdistill.text import Tokenizer
@@ -30,15 +30,26 @@ def spans_of() -> Callable[[Sequence[bytes | int]], TokenSpans]:
     return _spans_of
 
 
+def _load(file: Path) -> ModuleType:
+    """Neither test folders nor scripts are packages: a module is loaded by its path."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def worlds() -> ModuleType:
+    """scripts/credit_worlds.py: worlds whose every string can be counted."""
+    return _load(ROOT / "scripts" / "credit_worlds.py")
+
+
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     """A small tokenizer of each family, by name."""
-    # Test folders are no packages, so the module that trains them is loaded by its path.
-    file = Path(__file__).parents[1] / "text" / "small_tokenizers.py"
-    spec = importlib.util.spec_from_file_location("small_tokenizers", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _load(Path(__file__).parents[1] / "text" / "small_tokenizers.py")
     root = tmp_path_factory.mktemp("tokenizers")
     return {name: Tokenizer.load(str(make(root / name))) for name, make in module.FAMILIES.items()}
 
@@ -50,33 +61,23 @@ def all_tokenizers(tokenizers: dict[str, Tokenizer]) -> dict[str, Tokenizer]:
     return {**tokenizers, **toy}
 
 
-def _bpe(
-    folder: Path, pattern: str, merges: Sequence[tuple[str, str]], whole: Sequence[str] = ()
-) -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    joined = [left + right for left, right in merges]
-    pieces = list(dict.fromkeys([*alphabet, *joined, *whole]))
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    raw = RawTokenizer(models.BPE(vocab=vocabulary, merges=list(merges), ignore_merges=bool(whole)))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    raw.decoder = decoders.ByteLevel()
-    folder.mkdir(parents=True)
-    raw.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({}))
-    return Tokenizer.load(str(folder))
-
-
 @pytest.fixture(scope="session")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
+def bpe(tmp_path_factory: pytest.TempPathFactory, worlds: ModuleType) -> Callable[..., Tokenizer]:
     """`bpe(pattern, merges, whole)`: byte-level BPE with these cuts and merges, and with `whole` tokens that
     no merges lead to. A space is written as the character that stands for it, U+0120."""
 
     def make(*arguments: Sequence) -> Tokenizer:
-        return _bpe(tmp_path_factory.mktemp("bpe") / "made", *arguments)
+        return worlds.byte_level_bpe(tmp_path_factory.mktemp("bpe") / "made", *arguments)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory: pytest.TempPathFactory, worlds: ModuleType) -> Callable[[int], Tokenizer]:
+    """`pieces(size)` cuts runs of the digits 0 to 2 from the left into pieces of at most `size` digits."""
+
+    @functools.cache
+    def make(size: int) -> Tokenizer:
+        return worlds.digit_pieces(tmp_path_factory.mktemp("pieces") / "made", size)
 
     return make

@@ -1,7 +1,8 @@
 """Teacher masses at student borders, against enumeration and against what must hold of any."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,92 +16,43 @@ from jaxdistill.records import TeacherScores, TokenSpans
 from jaxdistill.text import Tokenizer, concatenate
 
 Make = Callable[..., Tokenizer]
-Table = dict[tuple[int, ...], dict[int, float]]
+Pieces = Callable[[int], Tokenizer]
 WORDS = ("Tom", " has", " 12", "3", "\n", "\n\n", "  ", " ", "don't", "(", "(caf", "\u00fcr", "\u4f60\u597d")
 TEXT = st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=12).map("".join)
 SPACE = "\u0120"  # as byte-level BPE writes it
-# The last space of a run belongs to a word behind it.
-SPACED = r" ?[^\s]+|\s+(?!\S)|\s+"
 
 
-class World:
-    """Strings that can all be counted, and a teacher that is a table over its own cuts of them."""
+def masses_in(world: Any) -> Callable[[str], Borders]:
+    """The masses of each string of a world."""
+    vocabulary, cuts = vocabulary_symbols(world.teacher), Cuts(world.student, world.teacher)
 
-    def __init__(self, student: Tokenizer, teacher: Tokenizer, strings: Sequence[str], seed: int) -> None:
-        self.student, self.teacher, self.strings = student, teacher, strings
-        self.mine = {text: tuple(student.encode(text).ids.tolist()) for text in strings}
-        self.theirs = {text: tuple(teacher.encode(text).ids.tolist()) for text in strings}
-        self.table = self._table(np.random.default_rng(seed))
-        self.path = {t: [self.table[i[:n]][i[n]] for n in range(len(i))] for t, i in self.theirs.items()}
-        self.by_history: dict[tuple[int, ...], float] = {}
-        self.by_prefix: dict[str, float] = {}
-        for text in strings:
-            probability = float(np.prod(self.path[text]))
-            for index in range(len(self.mine[text]) + 1):
-                history = self.mine[text][:index]
-                self.by_history[history] = self.by_history.get(history, 0.0) + probability
-            for index in range(len(text) + 1):
-                self.by_prefix[text[:index]] = self.by_prefix.get(text[:index], 0.0) + probability
-        self._cuts, self._vocabulary = Cuts(student, teacher), vocabulary_symbols(teacher)
+    def masses(text: str) -> Borders:
+        response, scores = world.student.encode(text), world.scores(text)
+        return border_masses(response, scores, align(response, scores.response), vocabulary, cuts)
 
-    def _table(self, random: np.random.Generator) -> Table:
-        """Next-token probabilities after each history of the teacher's cuts."""
-        after: dict[tuple[int, ...], set[int]] = {}
-        for ids in self.theirs.values():
-            for index in range(len(ids)):
-                after.setdefault(ids[:index], set()).add(ids[index])
-        table = {}
-        for history, choices in after.items():
-            weights = np.exp(2 * random.normal(size=len(choices)))
-            table[history] = dict(zip(sorted(choices), (weights / weights.sum()).tolist(), strict=True))
-        return table
-
-    def scores(self, text: str, most: int | None = None) -> TeacherScores:
-        """The table's row at each position of a string, or its `most` likeliest entries."""
-        ids = self.theirs[text]
-        width = most or max(len(choices) for choices in self.table.values())
-        topk = np.full((len(ids), width), -1, np.int32)
-        logprobs = np.full((len(ids), width), -np.inf, np.float32)
-        for index in range(len(ids)):
-            choices = sorted(self.table[ids[:index]].items(), key=lambda choice: -choice[1])[:width]
-            topk[index, : len(choices)] = [token for token, _ in choices]
-            logprobs[index, : len(choices)] = np.log([probability for _, probability in choices])
-        sampled = np.log(self.path[text]).astype(np.float32)
-        return TeacherScores(self.teacher.encode(text), sampled, "t", "0", topk, logprobs)
-
-    def masses(self, text: str, most: int | None = None) -> Borders:
-        response, scores = self.student.encode(text), self.scores(text, most)
-        return border_masses(response, scores, align(response, scores.response), self._vocabulary, self._cuts)
-
-    def log_m(self, text: str) -> np.ndarray:
-        """The truth behind each student token."""
-        ids = self.mine[text]
-        return np.log([self.by_history[ids[: index + 1]] for index in range(len(ids))])
+    return masses
 
 
-def pieces(bpe: Make, size: int) -> Tokenizer:
-    """Cuts runs of digits from the left into pieces of at most `size` digits."""
-    runs = ["".join(p) for n in range(2, size + 1) for p in itertools.product("012", repeat=n)]
-    # Every way of putting a run together, so that a whole run is always one piece.
-    merges = [(run[:at], run[at:]) for run in runs for at in range(1, len(run))]
-    return bpe(rf"[0-9]{{1,{size}}}|[^0-9]+", merges)
-
-
-def strings(alphabet: str, longest: int) -> list[str]:
-    return ["".join(p) + "=" for n in range(longest + 1) for p in itertools.product(alphabet, repeat=n)]
+def true_log_m(world: Any, text: str) -> np.ndarray:
+    """The truth behind each student token."""
+    ids = world.mine[text]
+    return np.log([world.by_history[ids[: index + 1]] for index in range(len(ids))])
 
 
 @pytest.mark.parametrize(
     ("student_size", "teacher_size"), [(1, 2), (1, 3), (2, 1), (3, 2), (2, 3), (2, 2), (3, 1)]
 )
-def test_the_masses_are_those_of_enumeration(bpe: Make, student_size: int, teacher_size: int) -> None:
-    sides = pieces(bpe, student_size), pieces(bpe, teacher_size)
-    world = World(*sides, strings("012", 4), student_size * 10 + teacher_size)
+def test_the_masses_are_those_of_enumeration(
+    worlds: ModuleType, pieces: Pieces, student_size: int, teacher_size: int
+) -> None:
+    sides = pieces(student_size), pieces(teacher_size)
+    world = worlds.World(*sides, worlds.strings("012", 4), student_size * 10 + teacher_size)
+    masses = masses_in(world)
     for text in world.strings[::3]:
-        found, ends = world.masses(text), world.student.encode(text).ends
+        found, ends = masses(text), world.student.encode(text).ends
         assert (found.unseen < 1e-6).all()
         assert np.isnan(found.next_unseen[-1]) and (np.nan_to_num(found.next_unseen) < 1e-6).all()
-        truth = world.log_m(text)
+        truth = true_log_m(world, text)
         np.testing.assert_allclose(found.log_m[found.after], truth, atol=2e-4)
         v = [np.log(world.by_prefix[text[:end]]) for end in ends.tolist()]
         np.testing.assert_allclose(found.log_v[found.after], v, atol=1e-5)
@@ -121,13 +73,15 @@ MERGES = {
 @pytest.mark.parametrize("student", MERGES)
 @pytest.mark.parametrize("teacher", MERGES)
 def test_the_figures_enclose_the_truth_where_later_bytes_decide(
-    bpe: Make, student: str, teacher: str
+    worlds: ModuleType, bpe: Make, student: str, teacher: str
 ) -> None:
     """Spaces that wait for a word, and merges longer than a token of the other side."""
-    world = World(bpe(SPACED, MERGES[student]), bpe(SPACED, MERGES[teacher]), strings("ab ", 5), 7)
+    sides = bpe(worlds.SPACED, MERGES[student]), bpe(worlds.SPACED, MERGES[teacher])
+    world = worlds.World(*sides, worlds.strings("ab ", 5), 7)
+    masses = masses_in(world)
     outside, checked, certain, errors = 0, 0, 0, []
     for text in world.strings[::5]:
-        found, truth = world.masses(text), world.log_m(text)
+        found, truth = masses(text), true_log_m(world, text)
         log_m, guessed = found.log_m[found.after], found.guessed[found.after]
         assert np.isfinite(log_m).all()
         assert (log_m >= np.log(world.path[text]).sum() - 1e-5).all()
@@ -144,9 +98,9 @@ def test_the_figures_enclose_the_truth_where_later_bytes_decide(
         assert max(errors) < 1e-4 and certain == len(errors)
 
 
-def test_the_figures_of_what_is_not_known(bpe: Make) -> None:
+def test_the_figures_of_what_is_not_known(pieces: Pieces) -> None:
     """One response, counted by hand: the student writes 01|2|=, the teacher 012|=."""
-    student, teacher = pieces(bpe, 2), pieces(bpe, 3)
+    student, teacher = pieces(2), pieces(3)
     ids = {text: int(teacher.encode(text).ids[0]) for text in ("012", "01", "2", "=", "0")}
     topk = np.asarray([[ids["012"], ids["01"], ids["2"]], [ids["="], ids["0"], -1]], np.int32)
     probabilities = np.asarray([[0.5, 0.3, 0.1], [0.6, 0.2, 1e-9]])
@@ -169,9 +123,9 @@ def test_the_figures_of_what_is_not_known(bpe: Make) -> None:
     np.testing.assert_allclose(found.next_unseen[seen], [0.1, 0.2, 0.2, np.nan], atol=1e-6)
 
 
-def test_a_cut_the_student_would_not_make_has_no_mass(bpe: Make) -> None:
+def test_a_cut_the_student_would_not_make_has_no_mass(pieces: Pieces) -> None:
     """One token of the teacher over what the student writes in two, though its own tokenizer writes one."""
-    student, teacher = pieces(bpe, 2), pieces(bpe, 3)
+    student, teacher = pieces(2), pieces(3)
     written = concatenate([student.encode(text) for text in ("0", "1", "=")])
     response = teacher.encode("01=")
     sure = np.log(np.full((2, 1), 0.9, np.float32))
@@ -184,8 +138,8 @@ def test_a_cut_the_student_would_not_make_has_no_mass(bpe: Make) -> None:
     assert np.isfinite(found.log_v).all() and found.guessed[found.after[0]] == 0
 
 
-def test_terms_too_small_to_ask_are_counted_as_guesses(bpe: Make) -> None:
-    student, teacher = pieces(bpe, 2), pieces(bpe, 1)
+def test_terms_too_small_to_ask_are_counted_as_guesses(pieces: Pieces) -> None:
+    student, teacher = pieces(2), pieces(1)
     response = teacher.encode("0=")
     zero, one = (int(teacher.encode(digit).ids[0]) for digit in "01")
     equals = int(response.ids[1])
