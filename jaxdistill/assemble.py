@@ -24,7 +24,7 @@ from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, S
 from jaxdistill.optimizer import learning_rate, make_optimizer
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import open_run_folder
-from jaxdistill.samplers import LocalSampler
+from jaxdistill.samplers import LocalSampler, MixedSampler
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import read_config
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, TeacherConfig, Teachers, build_all
@@ -47,12 +47,12 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         write_manifest(folder, config, inputs, teachers)
         schedule = learning_rate(config.optimizer, config.run.steps)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
-        rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state = initial_state(inputs.decoder, optimizer, inputs.mesh)
         policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
         scorer = teachers if config.objective.needs_teacher else None
-        sampler = policy if config.objective.on_policy else inputs.references
+        origins = config.origin_schedule
+        sampler = MixedSampler({"student": policy, "reference": inputs.references}, origins)
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         metrics = stack.enter_context(
@@ -72,7 +72,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             collect=Collector(
                 sampler, scorer, config.objective.signal, config.buckets, inputs.mesh, stopwatch
             ),
-            evaluator=Evaluator(config.eval, inputs.heldout, teachers, config.run.steps, rows),
+            evaluator=Evaluator(config.eval, inputs.heldout, teachers, config.run.steps, origins.rows),
             checkpoints=checkpoints,
             metrics=metrics,
             samples=SampleLog(folder),
@@ -85,7 +85,6 @@ def assemble(config: RunConfig) -> Iterator[Run]:
 def plan(config: RunConfig) -> str:
     """What `--dry-run` prints: everything is read and checked, nothing is written, started or asked."""
     inputs = read_inputs(config)
-    rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
     return "\n".join(
         [
             dump(config).rstrip(),
@@ -94,7 +93,7 @@ def plan(config: RunConfig) -> str:
             f"ids, end of turn {inputs.tokenizer.roles['end_of_turn']}",
             *[teacher_plan(teacher) for teacher in config.all_teachers],
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
-            f"batch: {rows} rows, lengths {list(config.buckets)}",
+            f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
         ]

@@ -10,7 +10,7 @@ from jaxdistill.metrics import Stopwatch
 from jaxdistill.packing import pack
 from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.records import Prompt, Rollout, Signal
-from jaxdistill.samplers import Sampler
+from jaxdistill.samplers import MixedSampler
 from jaxdistill.scoring import Scored, score
 from jaxdistill.teachers import Teachers
 
@@ -26,9 +26,10 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """The host path of a batch. Without teachers (`sft`) rows carry no teacher signal."""
+    """The host path of a batch. Without teachers (`sft`) rows carry no teacher signal. Who answers a prompt
+    changes from step to step, the number of rows does not: padding fills up to the most there can be."""
 
-    sampler: Sampler
+    sampler: MixedSampler
     teachers: Teachers | None
     signal: Signal
     buckets: Sequence[int]
@@ -36,13 +37,15 @@ class Collector:
     stopwatch: Stopwatch
 
     def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
-        with self.stopwatch.stage("rollout"):
+        schedule = self.sampler.schedule
+        # The first step with a prompt for the student compiles its sampling, whichever step that is.
+        with self.stopwatch.stage("rollout", variant="student" in schedule.choose(version)):
             rollouts = self.sampler.sample(prompts, version)
         scored = None
         if self.teachers is not None:
             scored = score(self.teachers, rollouts, self.signal, self.stopwatch)
         with self.stopwatch.stage("pack"):
-            rows = padded_rows(len(rollouts), self.mesh)
+            rows = padded_rows(schedule.rows, self.mesh)
             targets = [None] * len(rollouts) if scored is None else scored.targets
             batch = place_batch(pack(rollouts, targets, buckets=self.buckets, rows=rows), self.mesh)
         return Collected(batch, rollouts, scored)

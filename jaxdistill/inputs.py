@@ -49,10 +49,11 @@ def read_inputs(config: RunConfig) -> Inputs:
             "shapes.buckets"
         )
     # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
-    references = ReferenceSampler(tokenizer, config.rollout)
-    for row in [*rows, *heldout] if config.objective.on_policy else heldout:
+    references = ReferenceSampler(tokenizer, config.rollout, scored=config.objective.needs_teacher)
+    answered = config.origins.most("reference") < 1  # by the student or the teacher, from a rendered prompt
+    for row in [*rows, *heldout] if answered else heldout:
         render_prompt(tokenizer, row, config.rollout)
-    if not config.objective.on_policy:
+    if config.origins.most("reference"):
         references.sample(rows, version=0)
     if config.all_teachers:
         Routes(config.all_teachers, config.run.seed).check(row.source for row in [*rows, *heldout])

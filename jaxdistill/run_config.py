@@ -13,7 +13,7 @@ from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
-from jaxdistill.samplers import RolloutConfig
+from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
 from jaxdistill.teachers import ServedSettings, TeacherConfig
 
 _METRIC_GROUPS = frozenset({"eval", "seconds"})
@@ -84,6 +84,22 @@ class RunConfig(StrictConfig):
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
         """The one teacher, or the list of them; empty without any."""
         return self.teachers if self.teacher is None else (self.teacher,)
+
+    @property
+    def origins(self) -> OriginsConfig:
+        """Who answers the prompts: `rollout.origins`, or else what the objective says."""
+        return self.rollout.origins or OriginsConfig(**self.objective.origins)
+
+    @property
+    def origin_schedule(self) -> Schedule:
+        """Which prompt of a step is answered by whom."""
+        return Schedule(
+            self.origins,
+            prompts=self.data.prompts_per_step,
+            samples=self.rollout.samples_per_prompt,
+            steps=self.run.steps,
+            seed=self.run.seed,
+        )
 
     @property
     def buckets(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.config import StrictConfig
 from jaxdistill.losses.head import Sums, tile_length, tile_objective
-from jaxdistill.records import Part, Signal
+from jaxdistill.records import Origin, Part, Signal
 
 
 @jax.tree_util.register_dataclass
@@ -42,13 +43,18 @@ class LossOutput:
 class ObjectiveSettings(StrictConfig):
     """What the rest of a run asks an objective's config.
 
-    `needs_teacher`: rows must be scored. `on_policy`: responses are sampled, else they are the data's
-    references. `signal`: which chunks carry the teacher's signal.
+    `needs_teacher`: rows must be scored. `on_policy`: the student answers the prompts, else the data's
+    references do. `signal`: which chunks carry the teacher's signal.
     """
 
     needs_teacher: ClassVar[bool]
     on_policy: ClassVar[bool]
     signal: Signal = "chunk"
+
+    @property
+    def origins(self) -> Mapping[Origin, float]:
+        """Who answers which share of the prompts, where `rollout.origins` does not say."""
+        return {"student" if self.on_policy else "reference": 1.0}
 
     @property
     def needs(self) -> frozenset[Part]:
