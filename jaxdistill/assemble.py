@@ -22,9 +22,10 @@ from jaxdistill.losses import OBJECTIVES
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
+from jaxdistill.records import Origin
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import open_run_folder
-from jaxdistill.samplers import LocalSampler, MixedSampler
+from jaxdistill.samplers import LocalSampler, MixedSampler, Sampler, TeacherSampler
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import read_config
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, TeacherConfig, Teachers, build_all
@@ -52,7 +53,12 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
         scorer = teachers if config.objective.needs_teacher else None
         origins = config.origin_schedule
-        sampler = MixedSampler({"student": policy, "reference": inputs.references}, origins)
+        samplers: dict[Origin, Sampler] = {"student": policy, "reference": inputs.references}
+        if teachers is not None:
+            samplers["teacher"] = TeacherSampler(
+                teachers, inputs.tokenizer, config.rollout, seed=config.run.seed
+            )
+        sampler = MixedSampler(samplers, origins)
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         metrics = stack.enter_context(

@@ -14,7 +14,7 @@ from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
 from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
-from jaxdistill.teachers import ServedSettings, TeacherConfig
+from jaxdistill.teachers import ReplayConfig, ServedSettings, TeacherConfig
 
 _METRIC_GROUPS = frozenset({"eval", "seconds"})
 
@@ -77,6 +77,18 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"objective.kind={self.objective.kind} needs a teacher: section (objective.kind=sft does not)"
             )
+        if self.origins.most("teacher"):
+            if not self.all_teachers:
+                raise ValueError(
+                    "the teacher is to answer prompts (rollout.origins.teacher, or the objective's seq_kd), "
+                    "which needs a teacher: section"
+                )
+            replayed = [one.name for one in self.all_teachers if isinstance(one, ReplayConfig)]
+            if replayed:
+                raise ValueError(
+                    f"teacher {replayed[0]!r} replays recorded scores and cannot answer prompts; name a live "
+                    "teacher, or give rollout.origins.teacher no share"
+                )
         self.objective.check_temperature(self.rollout.temperature)
         return self
 

@@ -58,15 +58,18 @@ class OriginsConfig(StrictConfig):
 class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens.
 
-    `origins`: who answers the prompts (not set: what the objective says). `reference_turns`: what is taken
-    from a reference chat with several assistant turns, every one or the last; where a teacher scores the
-    references it is always the last, since the teacher reads what comes before through its own template.
+    `origins`: who answers the prompts (not set: what the objective says). `temperature` is the student's,
+    `teacher_temperature` that of a teacher that writes; 0 takes the most likely token. `reference_turns`:
+    what is taken from a reference chat with several assistant turns, every one or the last; where a teacher
+    scores the references it is always the last, since the teacher reads the turns before through its own
+    template.
     """
 
     samples_per_prompt: int = Field(default=4, ge=1)
     max_prompt_tokens: int = Field(default=256, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
+    teacher_temperature: float = Field(default=1.0, ge=0.0)
     origins: OriginsConfig | None = None
     reference_turns: Literal["all", "last"] = "all"
     template_kwargs: dict[str, Any] = Field(default_factory=dict)

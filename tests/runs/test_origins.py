@@ -19,8 +19,9 @@ def data(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_mixture_resumes_bitwise_and_compiles_once(train, data, tmp_path):
-    mixed = (f"data.path={data}", "rollout.origins.student=[0.0,1.0]", "rollout.origins.reference=[1.0,0.0]")
+def test_a_mixture_of_all_three_resumes_bitwise_and_compiles_once(train, data, tmp_path):
+    shares = ("student=[0.0,1.0]", "reference=[0.5,0.0]", "teacher=[0.5,0.0]")
+    mixed = (f"data.path={data}", *(f"rollout.origins.{share}" for share in shares))
     result = train(tmp_path / "whole", *mixed)
     assert result.returncode == 0, result.stderr
     kill_at_row(tmp_path / "killed", 4, mixed)
@@ -62,3 +63,26 @@ def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train,
     assert mixed.returncode == 0, mixed.stderr
     # Its own samples surprise the student less than the references do.
     assert rows(tmp_path / "mixed")[0]["loss"] < first["loss"]
+
+
+def test_sft_on_what_the_teacher_writes(train, data, tmp_path):
+    """Sequence-level distillation: the toy teacher is right, so its answers are the data's."""
+    sft = (ROOT / "configs/quickstart.yaml").read_text().splitlines()
+    sft = ["objective: {kind: sft}" if line.startswith("objective:") else line for line in sft]
+    (tmp_path / "sft.yaml").write_text("\n".join(sft))
+    result = train(
+        tmp_path / "run",
+        f"data.path={data}",
+        "run.steps=1",
+        "eval.path=null",
+        "eval.every=1",
+        "rollout.origins.teacher=1.0",
+        "rollout.teacher_temperature=0.0",
+        config=str(tmp_path / "sft.yaml"),
+    )
+    assert result.returncode == 0, result.stderr
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    lines = [sample["response"].rpartition("\n")[2] for sample in samples]
+    assert lines == [sample["answer"] for sample in samples]
+    assert rows(tmp_path / "run")[0]["teacher/requests"] >= 1
