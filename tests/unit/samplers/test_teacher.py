@@ -86,7 +86,7 @@ def test_what_has_no_room_is_cut_and_has_no_end(student: Tokenizer, teacher: Tok
 
 def test_ids_of_the_same_vocabulary_stay_as_they_were_drawn(student: Tokenizer) -> None:
     """Another cut of the same text would be another sample."""
-    odd = student.spans([*student.encode("a").ids, *student.encode("b").ids, student.roles["end_of_turn"]])
+    odd = concatenate([student.encode("a"), student.encode("b"), student.role_span("end_of_turn")])
     (row,) = rows(student, student, [Written(odd, True)])
     assert row.response.ids.tolist() == odd.ids.tolist()
 
