@@ -22,11 +22,11 @@ from jaxdistill.losses import Vocabularies, build_objective
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
-from jaxdistill.records import Prompt, Rollout
+from jaxdistill.records import Origin, Prompt, Rollout
 from jaxdistill.rewards import Rewards
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import open_run_folder
-from jaxdistill.samplers import LocalSampler
+from jaxdistill.samplers import LocalSampler, MixedSampler, Sampler, TeacherSampler
 from jaxdistill.scoring import Scoring
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import Decoder, read_config
@@ -63,7 +63,12 @@ def assemble(config: RunConfig) -> Iterator[Run]:
                 signal=config.objective.signal,
                 parts=config.objective.needs,
             )
-        sampler = policy if config.objective.on_policy else inputs.references
+        samplers: dict[Origin, Sampler] = {"student": policy, "reference": inputs.references}
+        if teachers is not None:
+            samplers["teacher"] = TeacherSampler(
+                teachers, inputs.tokenizer, config.rollout, seed=config.run.seed
+            )
+        sampler = MixedSampler(samplers, config.origin_schedule)
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         metrics = stack.enter_context(
@@ -122,7 +127,6 @@ def build_evaluator(
 def plan(config: RunConfig) -> str:
     """What `--dry-run` prints: everything is read and checked, nothing is written, started or asked."""
     inputs = read_inputs(config)
-    rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
     return "\n".join(
         [
             dump(config).rstrip(),
@@ -131,7 +135,7 @@ def plan(config: RunConfig) -> str:
             f"ids, end of turn {inputs.tokenizer.roles['end_of_turn']}",
             *[teacher_plan(teacher) for teacher in config.all_teachers],
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
-            f"batch: {rows} rows, lengths {list(config.buckets)}",
+            f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
         ]

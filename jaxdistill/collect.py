@@ -11,7 +11,7 @@ from jaxdistill.packing import pack
 from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.rewards import Rewards
-from jaxdistill.samplers import Sampler
+from jaxdistill.samplers import MixedSampler
 from jaxdistill.scoring import Scored, Scoring
 
 
@@ -28,10 +28,11 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """The host path of a batch. Without `scoring` (`sft`) rows carry no teacher signal, without
-    `rewards` no task reward."""
+    """The host path of a batch. Without `scoring` (`sft`) rows carry no teacher signal, without `rewards` no
+    task reward. Who answers a prompt changes from step to step, the number of rows does not: padding fills up
+    to the most there can be."""
 
-    sampler: Sampler
+    sampler: MixedSampler
     scoring: Scoring | None
     buckets: Sequence[int]
     mesh: Mesh
@@ -39,7 +40,9 @@ class Collector:
     rewards: Rewards | None = None
 
     def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
-        with self.stopwatch.stage("rollout"):
+        schedule = self.sampler.schedule
+        # The first step with a prompt for the student compiles its sampling, whichever step that is.
+        with self.stopwatch.stage("rollout", variant="student" in schedule.choose(version)):
             rollouts = self.sampler.sample(prompts, version)
         scored = None if self.scoring is None else self.scoring(rollouts)
         rewards, metrics = None, {}
@@ -47,7 +50,7 @@ class Collector:
             with self.stopwatch.stage("reward"):
                 rewards, metrics = self.rewards(rollouts)
         with self.stopwatch.stage("pack"):
-            rows = padded_rows(len(rollouts), self.mesh)
+            rows = padded_rows(schedule.rows, self.mesh)
             targets = [None] * len(rollouts) if scored is None else scored.targets
             packed = pack(rollouts, targets, buckets=self.buckets, rows=rows, rewards=rewards)
             batch = place_batch(packed, self.mesh)

@@ -44,11 +44,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     student = read_student(config)
     heldout, heldout_references = read_heldout(config, student.tokenizer)
     # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
-    references = ReferenceSampler(student.tokenizer, config.rollout)
-    if config.objective.on_policy:
+    references = ReferenceSampler(student.tokenizer, config.rollout, scored=config.objective.needs_teacher)
+    if config.origins.most("reference") < 1:  # some are answered from the rendered prompt
         for row in rows:
             render_prompt(student.tokenizer, row, config.rollout)
-    else:
+    if config.origins.most("reference"):
         references.sample(rows, version=0)
     if config.reward is not None:
         scorer = load_scorer(config.reward.scorer)
@@ -108,5 +108,4 @@ def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Prompt],
             f"eval.references=true, but no row of eval.path={path} has a reference: messages that end with "
             "the assistant's turn, or a 'response'; add them, or set eval.references=false"
         )
-    last_turn = config.rollout.model_copy(update={"reference_turns": "last"})
-    return prompts, ReferenceSampler(tokenizer, last_turn).sample(answered, version=0)
+    return prompts, ReferenceSampler(tokenizer, config.rollout, scored=True).sample(answered, version=0)

@@ -84,7 +84,7 @@ def pack(
         arrays["behavior_logprobs"][part] = rollout.logprobs
         arrays["policy_version"][row] = rollout.policy_version
         arrays["origin"][row] = ORIGINS[rollout.origin]
-        arrays["weight"][row] = 1.0 if target is None else target.weight
+        arrays["weight"][row] = rollout.weight * (1.0 if target is None else target.weight)
         if target is not None:
             arrays["same_vocabulary"][row] = target.same_vocabulary
             arrays["loss_mask"][part] = target.mask

@@ -104,7 +104,8 @@ class Rollout:
     `vocab_fingerprint` of the tokenizer the ids belong to: a teacher with the same one reads them as
     they are. A reference of several turns has `assistant_mask`, false on what stands between them (user
     turns, tool output, the template's marks); None: the assistant wrote all of the response. `origin` says
-    who wrote it; only the student's own rows have `logprobs` that mean anything.
+    who wrote it; only the student's own rows have `logprobs` that mean anything. `weight` is how many samples
+    of its prompt the row stands for: a text that would be the same each time is there once.
     """
 
     prompt: Prompt
@@ -116,6 +117,7 @@ class Rollout:
     vocabulary: str
     assistant_mask: Bool[np.ndarray, " R"] | None = None
     origin: Origin = "student"
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
 from jaxdistill.records import Part
 from jaxdistill.rewards import RewardConfig
-from jaxdistill.samplers import RolloutConfig
-from jaxdistill.teachers import EmbeddedConfig, ServedSettings, TeacherConfig
+from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
+from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, ServedSettings, TeacherConfig
 
 # What each optional part of the targets needs of a teacher's settings: the key, a value for it, and in words.
 _ASKED: Mapping[Part, tuple[str, str, str]] = {
@@ -66,11 +66,38 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        self._check_teachers()
+        self._check_rows()
+        self.objective.check_temperature(self.rollout.temperature)
+        self._check_reward()
+        return self
+
+    def _check_rows(self) -> None:
+        """Their lengths, and who writes them."""
         if self.buckets[-1] < self.rollout.max_prompt_tokens + self.rollout.max_new_tokens:
             raise ValueError(
                 f"shapes.buckets={list(self.buckets)} cannot hold a prompt of rollout.max_prompt_tokens="
                 f"{self.rollout.max_prompt_tokens} with rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
+        if self.origins.most("teacher"):
+            if not self.all_teachers:
+                raise ValueError(
+                    "the teacher is to answer prompts (rollout.origins.teacher, or the objective's seq_kd), "
+                    "which needs a teacher: section"
+                )
+            replayed = [one.name for one in self.all_teachers if isinstance(one, ReplayConfig)]
+            if replayed:
+                raise ValueError(
+                    f"teacher {replayed[0]!r} replays recorded scores and cannot answer prompts; name a live "
+                    "teacher, or give rollout.origins.teacher no share"
+                )
+        if self.objective.needs_samples and not self.origins.most("student"):
+            raise ValueError(
+                f"objective.kind={self.objective.kind} learns from the student's own responses, and "
+                "rollout.origins gives the student no share; give it one, or choose gkd or sft"
+            )
+
+    def _check_teachers(self) -> None:
         if self.teacher is not None and self.teachers:
             raise ValueError(
                 "teacher: is for one teacher and teachers: for a list of them; give one of the two"
@@ -89,9 +116,6 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"objective.kind={self.objective.kind} needs a teacher: section (objective.kind=sft does not)"
             )
-        self.objective.check_temperature(self.rollout.temperature)
-        self._check_reward()
-        return self
 
     @model_validator(mode="after")
     def _nothing_left_open(self) -> "RunConfig":
@@ -119,12 +143,11 @@ class RunConfig(StrictConfig):
         return teacher.model_copy(update={"tokenizer": self.student.path})
 
     def _check_reward(self) -> None:
-        coefficient = getattr(self.objective, "reward_coefficient", 0.0)
-        if self.reward is None and coefficient:
-            raise ValueError(f"objective.reward_coefficient={coefficient} needs a reward: section")
+        if self.reward is None and self.objective.reads_reward:
+            raise ValueError("objective.reward_coefficient needs a reward: section, which names a scorer")
         if self.reward is None:
             return
-        if not coefficient:
+        if not self.objective.reads_reward:
             raise ValueError(
                 f"a reward: section, but objective.kind={self.objective.kind} does not read it; set "
                 "objective.reward_coefficient, of an objective that has it, or leave reward: out"
@@ -139,6 +162,22 @@ class RunConfig(StrictConfig):
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
         """The one teacher, or the list of them; empty without any."""
         return self.teachers if self.teacher is None else (self.teacher,)
+
+    @property
+    def origins(self) -> OriginsConfig:
+        """Who answers the prompts: `rollout.origins`, or else what the objective says."""
+        return self.rollout.origins or OriginsConfig(**self.objective.origins)
+
+    @property
+    def origin_schedule(self) -> Schedule:
+        """Which prompt of a step is answered by whom."""
+        return Schedule(
+            self.origins,
+            prompts=self.data.prompts_per_step,
+            samples=self.rollout.samples_per_prompt,
+            steps=self.run.steps,
+            seed=self.run.seed,
+        )
 
     @property
     def buckets(self) -> tuple[int, ...]:

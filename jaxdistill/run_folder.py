@@ -90,12 +90,16 @@ def _check(folder: Path, resolved: str, steps: int) -> None:
             f"run.dir={folder} is at step {max(saved)}, beyond run.steps={steps}; raise run.steps, or use "
             "another run.dir"
         )
-    if "run.steps" in changed and new.get("optimizer.schedule") == "cosine":
-        logger.warning(
-            "run.steps was %s and is %s: the cosine schedule now ends at the new last step",
-            old.get("run.steps"),
-            steps,
-        )
+    if "run.steps" in changed:
+        moving = ["the cosine schedule"] if new.get("optimizer.schedule") == "cosine" else []
+        moving += [k for k in new if k.startswith("rollout.origins.") and isinstance(new[k], list)]
+        if moving:
+            logger.warning(
+                "run.steps was %s and is %s: %s now ends at the new last step",
+                old.get("run.steps"),
+                steps,
+                " and ".join(moving),
+            )
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

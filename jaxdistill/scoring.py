@@ -30,7 +30,14 @@ class Scored:
 
     def of(self, teacher: str) -> "Scored":
         """The part that one teacher scored."""
-        rows = [row for row, s in enumerate(self.scores) if s.teacher == teacher]
+        return self._part([row for row, s in enumerate(self.scores) if s.teacher == teacher])
+
+    @property
+    def on_policy(self) -> "Scored":
+        """The part that the student wrote: no other row has log-probabilities of the student."""
+        return self._part([row for row, r in enumerate(self.rollouts) if r.origin == "student"])
+
+    def _part(self, rows: Sequence[int]) -> "Scored":
         return Scored(
             [self.rollouts[row] for row in rows],
             [self.scores[row] for row in rows],
@@ -98,8 +105,9 @@ class Scoring:
 
 
 def distillation_metrics(scored: Scored, teachers: Sequence[str] = ()) -> dict[str, Mean]:
-    """The headline figures of all rows; with the names of several teachers, also of each one's rows, as
-    `<teacher>/<figure>`."""
+    """The headline figures of the rows the student wrote; with the names of several teachers, also of each
+    one's rows, as `<teacher>/<figure>`."""
+    scored = scored.on_policy
     metrics = _figures(scored)
     asked = {s.teacher for s in scored.scores}
     for name in [name for name in teachers if name in asked] if len(teachers) > 1 else []:

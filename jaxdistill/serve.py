@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxdistill serve", description="Serve a model folder for scoring.")
+    parser = argparse.ArgumentParser(prog="jaxdistill serve", description="Serve a model folder over HTTP.")
     parser.add_argument("--model", required=True, type=Path, help="model folder in Hugging Face format")
     parser.add_argument("--port", required=True, type=int, help="port to listen on; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")

@@ -112,9 +112,11 @@ def samples_of(
 
 
 def _teacher_view(scored: Scored, i: int) -> tuple[float | None, Mapping[str, Any]]:
-    """Reverse KL per aligned byte of response i (None: nothing aligned), and its pieces by class."""
+    """Reverse KL per aligned byte of response i (None: nothing aligned, or not the student's own), and its
+    pieces by class."""
     rollout, s, a = scored.rollouts[i], scored.scores[i], scored.alignments[i]
     size = a.coverage * len(rollout.response.data)
     rows = alignment_rows(rollout.response, s.response, a)
     pieces = [["".join(row.student), row.kind] for row in rows if row.student]
-    return response_kl(rollout, s, a) / size if size else None, {"pieces": pieces}
+    own = size and rollout.origin == "student"
+    return response_kl(rollout, s, a) / size if own else None, {"pieces": pieces}

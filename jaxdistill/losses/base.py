@@ -4,7 +4,7 @@ Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.config import StrictConfig
 from jaxdistill.losses.head import row_statistics, tile_length, tile_objective
-from jaxdistill.records import Part, Signal
+from jaxdistill.records import Origin, Part, Signal
 from jaxdistill.text import Tokenizer
 
 Metrics = dict[str, Mean]  # inside a tile their parts are [B, C], one for each position
@@ -65,9 +65,19 @@ class ObjectiveSettings(StrictConfig):
         return True
 
     @property
-    def on_policy(self) -> bool:
-        """Responses are sampled, else they are the data's references."""
-        return True
+    def needs_samples(self) -> bool:
+        """It learns from the student's own responses alone."""
+        return False
+
+    @property
+    def reads_reward(self) -> bool:
+        """The task reward joins its advantage."""
+        return False
+
+    @property
+    def origins(self) -> Mapping[Origin, float]:
+        """Who answers which share of the prompts, where `rollout.origins` does not say."""
+        return {"student": 1.0}
 
     @property
     def needs(self) -> frozenset[Part]:

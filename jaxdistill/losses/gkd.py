@@ -7,6 +7,7 @@ nothing here depends on where the two tokenizers agree.
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from jaxdistill.losses.base import (
     row_weights,
 )
 from jaxdistill.losses.buckets import both_buckets, generalised_jsd, listed, projection_metrics, tempered
-from jaxdistill.records import Part
+from jaxdistill.records import Origin, Part
 
 
 class GKDConfig(ObjectiveSettings):
@@ -55,8 +56,8 @@ class GKDConfig(ObjectiveSettings):
         return self
 
     @property
-    def on_policy(self) -> bool:
-        return self.lmbda > 0
+    def origins(self) -> Mapping[Origin, float]:
+        return {"student": self.lmbda, "teacher" if self.seq_kd else "reference": 1.0 - self.lmbda}
 
     @property
     def needs(self) -> frozenset[Part]:

@@ -47,6 +47,14 @@ class PolicyGradientSettings(ObjectiveSettings):
     reward_coefficient: float = Field(default=0.0, ge=0)
     temperature_mismatch: Literal["refuse", "allow"] = "refuse"
 
+    @property
+    def needs_samples(self) -> bool:
+        return True
+
+    @property
+    def reads_reward(self) -> bool:
+        return self.reward_coefficient > 0
+
     def check_temperature(self, temperature: float) -> None:
         if temperature != 1.0 and self.temperature_mismatch == "refuse":
             raise ValueError(

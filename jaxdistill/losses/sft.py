@@ -4,6 +4,7 @@
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from jaxdistill.losses.base import (
     predicted,
     row_weights,
 )
+from jaxdistill.records import Origin
 
 
 class SFTConfig(ObjectiveSettings):
@@ -35,8 +37,8 @@ class SFTConfig(ObjectiveSettings):
         return False
 
     @property
-    def on_policy(self) -> bool:
-        return False
+    def origins(self) -> Mapping[Origin, float]:
+        return {"reference": 1.0}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ so that a term's share does not depend on how many tokens another has.
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -81,8 +82,23 @@ class SumConfig(ObjectiveSettings):
         return any(term.objective.needs_teacher for term in self.terms)
 
     @property
-    def on_policy(self) -> bool:
-        return any(term.objective.on_policy for term in self.terms)
+    def needs_samples(self) -> bool:
+        return any(term.objective.needs_samples for term in self.terms)
+
+    @property
+    def reads_reward(self) -> bool:
+        return any(term.objective.reads_reward for term in self.terms)
+
+    @property
+    def origins(self) -> Mapping[Origin, float]:
+        first, *others = (term.objective.origins for term in self.terms)
+        if any(other != first for other in others):
+            raise ValueError(
+                "the terms of the sum want different rows: "
+                + ", ".join(f"{term.label} {dict(term.objective.origins)}" for term in self.terms)
+                + "; say in rollout.origins which share of the prompts who answers"
+            )
+        return first
 
     @property
     def needs(self) -> frozenset[Part]:

@@ -1,28 +1,76 @@
 """What every sampler is asked for."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxdistill.config import StrictConfig
 from jaxdistill.errors import DataError
-from jaxdistill.records import Prompt, Rollout
+from jaxdistill.records import ORIGINS, Origin, Prompt, Rollout
 from jaxdistill.text import Tokenizer
+
+Share = float | tuple[float, float]
+
+
+class OriginsConfig(StrictConfig):
+    """Who answers a step's prompts: the student, the data's references, the teacher.
+
+    Each has its share of the prompts, a number or `[start, end]`, linear from the run's first step to its
+    last. At every step the shares sum to 1.
+    """
+
+    student: Share = 0.0
+    reference: Share = 0.0
+    teacher: Share = 0.0
+
+    @model_validator(mode="after")
+    def _sums(self) -> "OriginsConfig":
+        for name, pair in self._ends.items():
+            if not all(0 <= share <= 1 for share in pair):
+                raise ValueError(f"{name}={list(pair)}, but a share lies between 0 and 1")
+        for when, shares in zip(("first", "last"), zip(*self._ends.values(), strict=True), strict=True):
+            total = math.fsum(shares)
+            if abs(total - 1) > 1e-6:
+                raise ValueError(
+                    f"the shares sum to {total:g} at the {when} step, expected 1: every prompt is answered "
+                    "by the student, a reference or the teacher"
+                )
+        return self
+
+    def at(self, step: int, steps: int) -> dict[Origin, float]:
+        """The shares at `step` of a run of `steps`."""
+        done = step / max(steps - 1, 1)
+        return {name: start + (end - start) * done for name, (start, end) in self._ends.items()}
+
+    def most(self, origin: Origin) -> float:
+        """The largest share `origin` has at any step."""
+        return max(self._ends[origin])
+
+    @property
+    def _ends(self) -> Mapping[Origin, tuple[float, float]]:
+        shares: dict[Origin, Share] = {name: getattr(self, name) for name in ORIGINS}
+        return {name: s if isinstance(s, tuple) else (s, s) for name, s in shares.items()}
 
 
 class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens.
 
-    `reference_turns`: what an objective that trains on the data's own responses takes from a chat with
-    several assistant turns, every one or the last.
+    `origins`: who answers the prompts (not set: what the objective says). `temperature` is the student's,
+    `teacher_temperature` that of a teacher that writes; 0 takes the most likely token. `reference_turns`:
+    what is taken from a reference chat with several assistant turns, every one or the last; where a teacher
+    scores the references it is always the last, since the teacher reads the turns before through its own
+    template.
     """
 
     samples_per_prompt: int = Field(default=4, ge=1)
     max_prompt_tokens: int = Field(default=256, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
+    teacher_temperature: float = Field(default=1.0, ge=0.0)
+    origins: OriginsConfig | None = None
     reference_turns: Literal["all", "last"] = "all"
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
 

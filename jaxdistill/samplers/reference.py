@@ -1,4 +1,4 @@
-"""Off-policy rows: the assistant's own turns of a chat, for `sft`.
+"""Off-policy rows: the assistant's own turns of a chat.
 
 Letters: P ids of the chat before the first turn trained on, R ids from there to the end of the last turn.
 """
@@ -19,12 +19,13 @@ class ReferenceSampler:
 
     The response is the stretch from the first assistant turn of the chat to the last (or the last turn alone,
     by `rollout.reference_turns`), ends of turn included; what stands between turns is in it to be read, and
-    masked.
+    masked. With `scored`, a teacher is to read the rows: then it is the last turn alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: RolloutConfig):
+    def __init__(self, tokenizer: Tokenizer, config: RolloutConfig, *, scored: bool):
         self.tokenizer = tokenizer
         self.config = config
+        self._last_only = scored or config.reference_turns == "last"
 
     def sample(self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None) -> list[Rollout]:
         """The reference of each prompt, once: a second sample would be the same one.
@@ -39,15 +40,15 @@ class ReferenceSampler:
         where = f"{prompt.source} row {prompt.index}"
         if prompt.response is None:
             raise DataError(
-                f"{where} has no reference: objective.kind=sft trains on messages that end with the "
-                "assistant's turn, or on a 'response'"
+                f"{where} has no reference, expected messages that end with the assistant's turn, or a "
+                "'response'; add one, or leave references out (rollout.origins, objective.kind=sft)"
             )
         try:
             chat = self.tokenizer.render_turns(
                 [*prompt.messages, prompt.response],
                 tools=prompt.tools,
                 template_kwargs=self.config.template_kwargs,
-                last_only=self.config.reference_turns == "last",
+                last_only=self._last_only,
             )
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
@@ -67,4 +68,5 @@ class ReferenceSampler:
             policy_version=version,
             vocabulary=self.tokenizer.vocab_fingerprint,
             assistant_mask=chat.assistant_mask[start:stop],
+            origin="reference",
         )

@@ -1,1 +1,1 @@
-"""The embedded teacher's server: the SGLang scoring subset over this package's decoder."""
+"""The embedded teacher's server: SGLang's scoring and generation in a subset, over this package's decoder."""

@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdistill.records import CONTENT, ROLE_NAMES, Rollout, TeacherScores, TokenSpans
+from jaxdistill.records import CONTENT, ROLE_NAMES, Prompt, Rollout, TeacherScores, TokenSpans
+from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.text import Tokenizer, concatenate
 
@@ -18,7 +19,8 @@ View = tuple[Int32[np.ndarray, " P"], TokenSpans]  # what a teacher reads: promp
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Scores rollouts with its own tokenizer. Built by `jaxdistill.teachers.build`, closed by its user."""
+    """Scores rollouts, and writes responses, with its own tokenizer. Built by `jaxdistill.teachers.build`,
+    closed by its user."""
 
     name: str
     tokenizer: Tokenizer
@@ -29,6 +31,15 @@ class Teacher(Protocol):
 
         A response it has no scores for comes back as `Unscored`. Raises `TeacherUnavailable` (worth trying
         later) or `TeacherContractError` (another model answers, or a request is refused for good)."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
+    ) -> list[Written]:
+        """The teacher's own response to each prompt, in the order given, drawn from its seed (in [0, 2**31))
+        where the server heeds seeds; temperature 0 takes the most likely token each time.
+
+        Raises as `score` does, and `ConfigError` where this kind of teacher cannot write."""
         ...
 
     def take_counts(self) -> Mapping[str, int]:
@@ -59,18 +70,27 @@ def teacher_views(
 ) -> list[View]:
     """`teacher_view` of each rollout: all contents are encoded in one call, a prompt that several
     rollouts share is rendered once."""
-    split = [_parts(rollout, tokenizer) for rollout in rollouts]
-    contents = [part for parts in split for part in parts if isinstance(part, bytes)]
-    encoded = iter(tokenizer.encode_batch(contents))
     prompts: dict[int, Int32[np.ndarray, " _"]] = {}
-    views: list[View] = []
-    for rollout, parts in zip(rollouts, split, strict=True):
-        key = id(rollout.prompt)
-        if key not in prompts:
-            prompt = rollout.prompt
-            prompts[key] = tokenizer.render(
+    for prompt in (rollout.prompt for rollout in rollouts):
+        if id(prompt) not in prompts:
+            prompts[id(prompt)] = tokenizer.render(
                 prompt.messages, tools=prompt.tools, template_kwargs=template_kwargs
             )
+    responses = carry_over([(rollout.response, rollout.vocabulary) for rollout in rollouts], tokenizer)
+    return [(prompts[id(one.prompt)], spans) for one, spans in zip(rollouts, responses, strict=True)]
+
+
+def carry_over(responses: Sequence[tuple[TokenSpans, str]], tokenizer: Tokenizer) -> list[TokenSpans]:
+    """Responses of one model in the tokens of another; each with the `vocab_fingerprint` of its own.
+
+    The bytes are encoded as plain content, a role token becomes the token of the same role, and what has no
+    counterpart is left out. Ids of the same vocabulary stay as they are.
+    """
+    split = [_parts(response, vocabulary, tokenizer) for response, vocabulary in responses]
+    contents = [part for parts in split for part in parts if isinstance(part, bytes)]
+    encoded = iter(tokenizer.encode_batch(contents))
+    found: list[TokenSpans] = []
+    for parts in split:
         spans = [
             next(encoded)
             if isinstance(part, bytes)
@@ -80,22 +100,21 @@ def teacher_views(
             for part in parts
         ]
         # A response taken over whole stays the same object: the aligner knows the identity by it.
-        views.append((prompts[key], spans[0] if len(spans) == 1 else concatenate(spans)))
-    return views
+        found.append(spans[0] if len(spans) == 1 else concatenate(spans))
+    return found
 
 
-def _parts(rollout: Rollout, tokenizer: Tokenizer) -> list[bytes | str | TokenSpans]:
+def _parts(response: TokenSpans, vocabulary: str, tokenizer: Tokenizer) -> list[bytes | str | TokenSpans]:
     """The response in order: stretches of content as bytes, role tokens as the role's name; or all of
     it as sampled, where both sides have one vocabulary."""
-    response = rollout.response
     # Models of one tokenizer pad it differently: an id from the student's padding may not exist there.
     fits = not len(response) or int(response.ids.max()) < tokenizer.vocab_size
-    if fits and rollout.vocabulary == tokenizer.vocab_fingerprint:
+    if fits and vocabulary == tokenizer.vocab_fingerprint:
         return [response]
     parts: list[bytes | str | TokenSpans] = []
     begin = 0  # byte where the content not yet taken starts
     for index in np.flatnonzero(response.roles != CONTENT):
-        # The stretch ends here even at a token the teacher has no counterpart for: one teacher token
+        # The stretch ends here even at a token without a counterpart: one token of the other side
         # across that place would stand for bytes on both sides of it and could not be aligned.
         end = int(response.ends[index])
         if end > begin:

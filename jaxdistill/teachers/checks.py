@@ -7,7 +7,7 @@ request. So all of that is settled here, before anything leaves.
 Letters: P prompt tokens, S response tokens (at least one), K top-k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -103,12 +103,12 @@ def fit_row(
     return Unscored("too_long", what)
 
 
-def group_rows(rows: Sequence[ScoringRow], max_tokens: int) -> list[list[ScoringRow]]:
+def group_rows[Row: Sized](rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     """Cut the rows, in order, into groups of at most `max_tokens` tokens (a longer row stands alone).
 
     The order keeps the samples of one prompt together, where the server's prefix cache serves them.
     """
-    groups: list[list[ScoringRow]] = []
+    groups: list[list[Row]] = []
     room = 0
     for row in rows:
         if not groups or len(row) > room:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO
 
 from jaxdistill.errors import ConfigError, TeacherUnavailable
-from jaxdistill.records import Rollout, TeacherScores
+from jaxdistill.records import Prompt, Rollout, TeacherScores
 from jaxdistill.teachers.config import EmbeddedConfig
+from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.teachers.sglang import SGLangTeacher
 from jaxdistill.text import Tokenizer
@@ -31,7 +32,7 @@ MOST_CONCURRENT = 2
 
 
 class EmbeddedTeacher:
-    """Serves `config.model` in a child process and scores with it."""
+    """Serves `config.model` in a child process, and scores and writes with it."""
 
     identity: TeacherIdentity  # what `check` found
 
@@ -74,6 +75,15 @@ class EmbeddedTeacher:
         """As `SGLangTeacher.score`; `TeacherUnavailable` ends with the child's log if it died."""
         with self._last_words():
             return self._client.score(rollouts)
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
+    ) -> list[Written]:
+        """As `SGLangTeacher.generate`; the same request has the same text."""
+        with self._last_words():
+            return self._client.generate(
+                prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature
+            )
 
     def take_counts(self) -> dict[str, int]:
         """As `SGLangTeacher.take_counts`."""

@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32
 
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.records import Rollout, TeacherScores, Unscored
+from jaxdistill.records import Prompt, Rollout, TeacherScores, Unscored
 from jaxdistill.teachers.base import View, teacher_views
 from jaxdistill.teachers.config import ReplayConfig
+from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
 
 _TEACHER = b"jaxdistill.teacher"  # schema metadata: the teacher's identity as JSON
@@ -124,6 +125,15 @@ class ReplayTeacher:
         """The recorded scores of each rollout, in the order given."""
         views = teacher_views(self.tokenizer, rollouts, self.config.template_kwargs)
         return [self._score(rollout, view) for rollout, view in zip(rollouts, views, strict=True)]
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
+    ) -> list[Written]:
+        """Raises `ConfigError`: a recording holds scores, and writes nothing."""
+        raise ConfigError(
+            f"teacher {self.name!r} replays recorded scores and cannot write responses; name a live teacher, "
+            "or give rollout.origins.teacher no share"
+        )
 
     def take_counts(self) -> dict[str, int]:
         """Rollouts the recording did not hold, since the last call."""

@@ -1,7 +1,7 @@
 """The teachers of a run: each response is scored by one of them, chosen by its prompt."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ from jaxdistill.errors import ConfigError, TeacherContractError
 from jaxdistill.records import Prompt, Rollout, TeacherScores
 from jaxdistill.teachers.base import Teacher
 from jaxdistill.teachers.config import TeacherSettings
+from jaxdistill.teachers.generation import Written
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Routes:
 
 
 class Teachers:
-    """All teachers of a run as one; `score` asks those concerned at the same time."""
+    """All teachers of a run as one; those concerned are asked at the same time."""
 
     def __init__(self, members: Sequence[Teacher], routes: Routes):
         """`members` in the order of `routes.settings`; they are closed with this object."""
@@ -72,21 +73,44 @@ class Teachers:
         """Each rollout's scores by its teacher, in the order given.
 
         Raises what a teacher raises. An interrupt leaves the others' requests to `close`."""
+        return self._each(
+            [rollout.prompt for rollout in rollouts],
+            lambda teacher, rows: teacher.score([rollouts[row] for row in rows]),
+        )
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
+    ) -> list[tuple[Written, Teacher]]:
+        """Each prompt's response by its teacher, and that teacher, in the order given; the teacher that
+        writes a response also scores it. Raises as `Teacher.generate` does."""
+
+        def write(teacher: Teacher, rows: Sequence[int]) -> list[tuple[Written, Teacher]]:
+            written = teacher.generate(
+                [prompts[row] for row in rows],
+                [seeds[row] for row in rows],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+            return [(one, teacher) for one in written]
+
+        return self._each(prompts, write)
+
+    def _each[Answer](
+        self, prompts: Sequence[Prompt], ask: Callable[[Teacher, Sequence[int]], Sequence[Answer]]
+    ) -> list[Answer]:
+        """What each prompt's teacher answers, asked for all its rows in one call of `ask`."""
         rows: dict[str, list[int]] = {}
-        for row, rollout in enumerate(rollouts):
-            rows.setdefault(self.routes.choose(rollout.prompt), []).append(row)
-        work = {
-            name: self._threads.submit(self.members[name].score, [rollouts[row] for row in mine])
-            for name, mine in rows.items()
-        }
+        for row, prompt in enumerate(prompts):
+            rows.setdefault(self.routes.choose(prompt), []).append(row)
+        work = {name: self._threads.submit(ask, self.members[name], mine) for name, mine in rows.items()}
         for done in as_completed(work.values()):
             done.result()  # the first failure ends the batch, whoever is still waiting for an answer
-        scores = {
-            row: score
+        answers = {
+            row: answer
             for name, mine in rows.items()
-            for row, score in zip(mine, work[name].result(), strict=True)
+            for row, answer in zip(mine, work[name].result(), strict=True)
         }
-        return [scores[row] for row in range(len(rollouts))]
+        return [answers[row] for row in range(len(prompts))]
 
     def same_vocabulary(self, rollout: Rollout, scores: TeacherScores) -> bool:
         """Whether the ids of both sides are of one vocabulary, so that the alignment is the identity."""

@@ -9,16 +9,25 @@ Letters: S teacher response tokens.
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
-from jaxdistill.records import END_OF_TURN, ROLE_NAMES, Rollout, TeacherScores, TokenSpans, Unscored
+from jaxdistill.records import (
+    END_OF_TURN,
+    ROLE_NAMES,
+    Prompt,
+    Rollout,
+    TeacherScores,
+    TokenSpans,
+    Unscored,
+)
 from jaxdistill.teachers.base import teacher_views
 from jaxdistill.teachers.checks import (
+    OWN_ONLY,
     Asked,
     ScoringRow,
     check_asked,
@@ -29,6 +38,13 @@ from jaxdistill.teachers.checks import (
     scoring_request,
 )
 from jaxdistill.teachers.config import ServedSettings, SGLangConfig
+from jaxdistill.teachers.generation import (
+    Written,
+    largest_writing,
+    read_written,
+    writing_request,
+    writing_row,
+)
 from jaxdistill.teachers.identity import (
     TeacherIdentity,
     canary_distance,
@@ -49,7 +65,7 @@ SERVER_INFO = ("/server_info", "/get_server_info")
 
 
 class SGLangTeacher:
-    """Scores rollouts over HTTP; requests run concurrently inside `score`."""
+    """Scores rollouts, and writes responses, over HTTP; requests run concurrently inside a call."""
 
     identity: TeacherIdentity  # what `check` found
 
@@ -141,6 +157,47 @@ class SGLangTeacher:
             self._recorder.write(views, scores)
         return scores
 
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
+    ) -> list[Written]:
+        """The teacher's own response to each prompt, in the order given; see `Teacher.generate`.
+
+        Genuine servers heed the seeds only where they run with `--enable-deterministic-inference`. Raises
+        `TeacherUnavailable`; or `TeacherContractError` where the teacher changed, cannot read a prompt, or
+        answers something else; then no response of the batch is returned.
+        """
+        identity = self.identity if self._checked else self.check()
+        size, longest = self.tokenizer.vocab_size, identity.longest
+        canary = canary_row(self.tokenizer, longest)
+        rows = []
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            ids = self.tokenizer.render(
+                prompt.messages, tools=prompt.tools, template_kwargs=self.settings.template_kwargs
+            )
+            rows.append(writing_row(number, ids, max_new_tokens, seed, longest=longest, vocab_size=size))
+        groups = group_rows(rows, max(1, self.settings.max_tokens_per_request - len(canary)))
+        stops = sorted(self.tokenizer.stop_ids)
+        replies = self._transport.post_all(
+            "/generate",
+            [writing_request(group, canary, temperature=temperature, stop_ids=stops) for group in groups],
+            largest_reply=[largest_writing(group, canary) for group in groups],
+        )
+        found: list[Written] = []
+        for reply, group in zip(replies, groups, strict=True):
+            *results, last = _results(reply, len(group) + 1)
+            read = [
+                read_written(result, row, size, reply.endpoint)
+                for result, row in zip(results, group, strict=True)
+            ]
+            (scored,) = read_reply([last], [canary], OWN_ONLY, size)
+            versions = {row.label: version for row, (_, _, version) in zip(group, read, strict=True)}
+            if unproven := self._proof(reply, versions, scored, identity):
+                raise TeacherContractError(
+                    f"teacher at {reply.endpoint}: its reply does not prove who made it: {unproven}"
+                )
+            found += [Written(self.tokenizer.spans(ids), finished) for ids, finished, _ in read]
+        return found
+
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call: the transport's counts, and rows without scores by reason."""
         counts = {**self._transport.take_counts(), "too_long": 0, "bad_reply": 0}
@@ -229,7 +286,12 @@ class SGLangTeacher:
         found: dict[int, RowScores | Unscored] = {}
         for reply, group in zip(replies, groups, strict=True):
             results = read_reply(reply.body, group, self._asked, self.tokenizer.vocab_size)
-            proof = self._proof(reply, group, results, identity)
+            versions = {
+                row.label: result.weight_version
+                for row, result in zip(group, results, strict=True)
+                if isinstance(result, RowScores)
+            }
+            proof = self._proof(reply, versions, results[-1], identity)
             for row, result in zip(group[:-1], results[:-1], strict=True):
                 assert row.number is not None, "only the canary has none"
                 if proof is not None and isinstance(result, RowScores):
@@ -244,21 +306,21 @@ class SGLangTeacher:
     def _proof(
         self,
         reply: Reply,
-        group: Sequence[ScoringRow],
-        results: Sequence[RowScores | Unscored],
+        versions: Mapping[str, str],
+        canary: RowScores | Unscored,
         identity: TeacherIdentity,
     ) -> str | None:
-        """Who made this reply, by the canary in it: None for the teacher that `check` met, or the reason why
-        that cannot be told. Raises `TeacherContractError` for another teacher.
+        """Who made this reply, by the weight version of each row and the canary in it: None for the teacher
+        that `check` met, or the reason why that cannot be told. Raises `TeacherContractError` for another
+        teacher.
         """
-        for row, result in zip(group, results, strict=True):
-            if isinstance(result, RowScores) and result.weight_version != identity.weight_version:
+        for label, version in versions.items():
+            if version != identity.weight_version:
                 raise TeacherContractError(
-                    f"teacher at {reply.endpoint}: {row.label}: got weight_version "
-                    f"{result.weight_version!r}, expected {identity.weight_version!r}; the served model was "
-                    "changed, do not update a teacher while a run uses it"
+                    f"teacher at {reply.endpoint}: {label}: got weight_version {version!r}, expected "
+                    f"{identity.weight_version!r}; the served model was changed, do not update a teacher "
+                    "while a run uses it"
                 )
-        canary = results[-1]
         if isinstance(canary, Unscored):
             return canary.detail
         apart = canary_distance(identity.canary, canary.logprobs.tolist())
@@ -287,6 +349,16 @@ class SGLangTeacher:
             topk_logprobs=result.topk_logprobs,
             end_logprobs=result.end_logprobs,
         )
+
+
+def _results(reply: Reply, count: int) -> list[Any]:
+    """The reply's results, one for each of `count` rows."""
+    if not isinstance(reply.body, list) or len(reply.body) != count:
+        raise TeacherContractError(
+            f"teacher at {reply.endpoint}: got {reply.body!r:.80}, expected a list of {count} results, one "
+            "for each row sent; check that the address is an SGLang server's"
+        )
+    return reply.body
 
 
 def _what_to_ask(settings: ServedSettings, tokenizer: Tokenizer) -> Asked:

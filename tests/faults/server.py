@@ -140,8 +140,28 @@ class FaultServer:
 
     def reply(self, body: Any) -> list[Any]:
         """What an honest server answers to `body` (batched ids)."""
-        starts = body["logprob_start_len"]
-        return [{"meta_info": self._meta(body, *row)} for row in zip(body["input_ids"], starts, strict=True)]
+        count = len(body["input_ids"])
+        settings = body["sampling_params"]
+        settings = settings if isinstance(settings, list) else [settings] * count
+        rows = zip(body["input_ids"], body["logprob_start_len"], settings, strict=True)
+        return [
+            self._write(ids, params)
+            if params["max_new_tokens"]
+            else {"meta_info": self._meta(body, ids, start)}
+            for ids, start, params in rows
+        ]
+
+    def _write(self, ids: Sequence[int], params: Any) -> dict[str, Any]:
+        """New tokens that are a function of the prompt and the seed, the first stop token among them."""
+        stops = params["stop_token_ids"]
+        state = prefix_states([*ids, params["sampling_seed"]])[-1]
+        length = 1 + state % 12  # the stop token comes here, where it is reached
+        written = [(state // 7 + 13 * i) % 64 + 32 for i in range(length - 1)] + stops[:1]
+        new = written[: params["max_new_tokens"]]
+        stopped = len(new) == length
+        finish = {"type": "stop", "matched": new[-1]} if stopped else {"type": "length", "length": len(new)}
+        meta = {"finish_reason": finish, "prompt_tokens": len(ids), "weight_version": self.version}
+        return {"text": "", "output_ids": new, "meta_info": meta}
 
     def _meta(self, body: Any, ids: Sequence[int], start: int) -> dict[str, Any]:
         top, chosen = body.get("top_logprobs_num") or 0, body.get("token_ids_logprob")

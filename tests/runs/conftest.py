@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def train() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`train(run_dir, *overrides)` runs the quickstart at a small size; returns the finished process."""
+    """`train(run_dir, *overrides)` runs the quickstart (or `config`) at a small size; returns the finished
+    process."""
 
-    def run(run_dir: Path, *overrides: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(
+        run_dir: Path, *overrides: str, config: str = "configs/quickstart.yaml", timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(run_dir, overrides),
+            command(run_dir, overrides, config),
             cwd=ROOT,
             env=environment(),
             capture_output=True,
@@ -48,6 +52,30 @@ def train() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+def kill_at_row(run_dir: Path, count: int, overrides: Sequence[str] = ()) -> None:
+    """Start a run and SIGKILL it once its metrics have `count` rows."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(run_dir, overrides), cwd=ROOT, env=environment(), **quiet)
+    try:
+        deadline = time.monotonic() + 240
+        metrics = run_dir / "metrics.jsonl"
+        while not metrics.is_file() or len(metrics.read_text().splitlines()) < count:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def without_clocks(row: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of the same thing share of a metrics row."""
+    return {
+        name: value
+        for name, value in row.items()
+        if not name.startswith(("seconds/", "tokens_per_second", "elapsed_seconds"))
+    }
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

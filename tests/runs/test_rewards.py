@@ -30,7 +30,7 @@ def test_a_reward_changes_what_is_learned_and_is_measured(train, tmp_path):
     ("overrides", "says"),
     [
         (REWARD[:1], "does not read it; set objective.reward_coefficient"),
-        (REWARD[1:2], "objective.reward_coefficient=0.5 needs a reward: section"),
+        (REWARD[1:2], "objective.reward_coefficient needs a reward: section"),
         ((*REWARD, "rollout.samples_per_prompt=1"), "every reward would be 0"),
         ((*REWARD[1:], "reward.scorer=reasoning_gym"), "reward.scorer=reasoning_gym: no row of"),
     ],

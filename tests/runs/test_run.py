@@ -1,24 +1,14 @@
 """The path end to end: what a run leaves behind, how it resumes, and what its result is good for."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from .conftest import ROOT, command, environment, rows
-
-# What differs between two runs of the same thing: clocks.
-CLOCKS = ("seconds/", "tokens_per_second", "elapsed_seconds")
-
-
-def without_clocks(row: dict) -> dict:
-    return {name: value for name, value in row.items() if not name.startswith(CLOCKS)}
+from .conftest import ROOT, environment, kill_at_row, rows, without_clocks
 
 
 def test_a_run_leaves_everything_the_design_names(finished):
@@ -58,18 +48,7 @@ def test_a_killed_run_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupt
 ):
     """SIGKILL once step 4 is logged; the checkpoint before it is of step 2 or 4."""
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(folder), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 240
-        metrics = folder / "metrics.jsonl"
-        while not metrics.is_file() or len(metrics.read_text().splitlines()) < 4:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_at_row(folder, 4)
     assert [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
     again = train(folder)
     assert again.returncode == 0, again.stderr

@@ -29,8 +29,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load("assets/toy/student")
 
 
-def rollout(tokenizer: Tokenizer, prompt: Prompt, **settings):
-    return ReferenceSampler(tokenizer, RolloutConfig(**settings)).sample([prompt], 0)[0]
+def rollout(tokenizer: Tokenizer, prompt: Prompt, *, scored: bool = False, **settings):
+    return ReferenceSampler(tokenizer, RolloutConfig(**settings), scored=scored).sample([prompt], 0)[0]
 
 
 def written(row, tokenizer: Tokenizer) -> bytes:
@@ -42,6 +42,7 @@ def test_a_single_turn_is_its_text_and_the_end_of_turn(tokenizer):
     row = rollout(tokenizer, Prompt([QUESTION], 0, "t", response=ANSWER))
     expected = [*tokenizer.encode("It is 6.").ids, tokenizer.roles["end_of_turn"]]
     assert row.response.ids.tolist() == expected and row.assistant_mask.all()
+    assert row.origin == "reference" and row.finished
     np.testing.assert_array_equal(row.prompt_ids, tokenizer.render([QUESTION]))
 
 
@@ -60,9 +61,11 @@ def test_the_loss_is_on_every_assistant_turn_and_on_nothing_else(tokenizer):
     assert batch.response_mask.sum() == row.assistant_mask.sum()
 
 
-def test_the_last_turn_alone_is_what_sampling_would_see(tokenizer):
+@pytest.mark.parametrize("how", [{"reference_turns": "last"}, {"scored": True}])
+def test_the_last_turn_alone_is_what_sampling_would_see(tokenizer, how):
+    """What a teacher scores is that turn too: it reads the turns before through its own template."""
     prompt = Prompt(CHAT, 0, "t", response=ANSWER)
-    row = rollout(tokenizer, prompt, reference_turns="last")
+    row = rollout(tokenizer, prompt, **how)
     assert row.assistant_mask.all() and written(row, tokenizer) == b"It is 6."
     np.testing.assert_array_equal(row.prompt_ids, tokenizer.render(CHAT))
 
@@ -70,7 +73,8 @@ def test_the_last_turn_alone_is_what_sampling_would_see(tokenizer):
 def test_both_ways_of_writing_a_reference_make_the_same_rows(tokenizer, tmp_path: Path):
     rows = [{"messages": [*CHAT, ANSWER]}, {"messages": CHAT, "response": ANSWER["content"]}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    one, two = ReferenceSampler(tokenizer, RolloutConfig()).sample(read_prompts(tmp_path / "a.jsonl"), 0)
+    sampler = ReferenceSampler(tokenizer, RolloutConfig(), scored=False)
+    one, two = sampler.sample(read_prompts(tmp_path / "a.jsonl"), 0)
     np.testing.assert_array_equal(one.response.ids, two.response.ids)
     np.testing.assert_array_equal(one.assistant_mask, two.assistant_mask)
 

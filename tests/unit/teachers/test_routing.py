@@ -10,6 +10,7 @@ import pytest
 from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
 from jaxdistill.records import Prompt, Rollout, TeacherScores, Unscored
 from jaxdistill.teachers import Routes, SGLangConfig, Teachers
+from jaxdistill.teachers.generation import Written
 from jaxdistill.text import Tokenizer
 
 
@@ -47,6 +48,12 @@ class Fixed:
             )
             for number, r in enumerate(rollouts)
         ]
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
+    ) -> list[Written]:
+        self.seen += [prompt.index for prompt in prompts]
+        return [Written(self.tokenizer.encode(f"{self.name} {seed}"), False) for seed in seeds]
 
     def take_counts(self) -> dict[str, int]:
         return {"requests": len(self.seen)}

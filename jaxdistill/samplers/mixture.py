@@ -1,0 +1,105 @@
+"""Rows of several origins in one schedule: each prompt of a step is answered by the student, by a reference
+of the data, or by the teacher.
+
+Letters: P prompts of a step, N samples of a prompt the student answers.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+from jaxdistill.records import ORIGINS, Origin, Prompt, Rollout
+from jaxdistill.samplers.base import OriginsConfig, Sampler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which prompt of a step is answered by whom; `prompts` P a step, `samples` N, `steps` of the run.
+
+    The choice hangs on the seed, the step and the prompt's place in the step alone, so that a resumed run
+    chooses as the uninterrupted one. The student answers at most `most_students` prompts of a step, and a
+    step has at most `rows` rows: N of each of those, and one of every other prompt.
+    """
+
+    shares: OriginsConfig
+    prompts: int
+    samples: int
+    steps: int
+    seed: int
+
+    @property
+    def most_students(self) -> int:
+        return math.ceil(round(self.prompts * self.shares.most("student"), 9))
+
+    @property
+    def rows(self) -> int:
+        return self.most_students * self.samples + self.prompts - self.most_students
+
+    def choose(self, step: int) -> list[Origin]:
+        """Who answers each of the step's prompts, P entries.
+
+        Systematic sampling (Madow 1949): of P prompts an origin of share s answers P*s, rounded up or down so
+        that its mean is P*s, and the prompts are drawn without replacement.
+        """
+        shares = self.shares.at(step, self.steps)
+        edges = accumulate(share * self.prompts for share in shares.values())
+        # Few enough digits that rounding gives nobody a prompt.
+        point = int.from_bytes(self._hash(step)[:4]) / 2**32
+        cuts = [0, *(math.floor(round(edge, 9) + point) for edge in edges)]
+        drawn = sorted(range(self.prompts), key=lambda place: self._hash(step, place))
+        chosen: list[Origin] = ["student"] * self.prompts
+        for origin, (start, stop) in zip(shares, pairwise(cuts), strict=True):
+            for place in drawn[start:stop]:
+                chosen[place] = origin
+        return chosen
+
+    def _hash(self, *numbers: int) -> bytes:
+        return hashlib.sha256(":".join(map(str, (self.seed, *numbers))).encode()).digest()
+
+
+class MixedSampler:
+    """The samplers of all origins as one; `samplers` has one for each origin that ever has a share.
+
+    A reference, and a text of the teacher, is one row that stands for the N samples the student would have
+    made: copies would cost N times as much and say nothing more.
+    """
+
+    def __init__(self, samplers: Mapping[Origin, Sampler], schedule: Schedule):
+        missing = [name for name in ORIGINS if schedule.shares.most(name) and name not in samplers]
+        if missing:
+            raise ValueError(f"got no sampler for {missing}, which the schedule has shares for")
+        self.samplers = samplers
+        self.schedule = schedule
+
+    def sample(self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None) -> list[Rollout]:
+        """The step's responses, in the prompts' order; `version` is the step, `samples` is for the student.
+
+        Raises `ValueError` for another number of prompts than the schedule's, and what the samplers raise.
+        """
+        if len(prompts) != self.schedule.prompts:
+            raise ValueError(f"got {len(prompts)} prompts, expected a step's {self.schedule.prompts}")
+        samples = self.schedule.samples if samples is None else samples
+        chosen = self.schedule.choose(version)
+        answers: dict[int, list[Rollout]] = {}
+        for origin, sampler in self.samplers.items():
+            places = [place for place, name in enumerate(chosen) if name == origin]
+            if not places:
+                continue
+            asked = [prompts[place] for place in places]
+            if origin == "student":
+                # One program serves all steps: their number of prompts changes, what is compiled may not.
+                asked += asked[:1] * (self.schedule.most_students - len(asked))
+            made = sampler.sample(asked, version, samples=samples)
+            each = len(made) // len(asked)
+            for i, place in enumerate(places):
+                mine = made[i * each : (i + 1) * each]
+                answers[place] = [replace(one, weight=samples / each) for one in mine]
+        return [one for place in range(len(prompts)) for one in answers[place]]
+
+    def push(self, params: Any, version: int) -> None:
+        """New weights, for whoever samples with them."""
+        for sampler in self.samplers.values():
+            sampler.push(params, version)

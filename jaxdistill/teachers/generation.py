@@ -1,0 +1,140 @@
+"""A teacher that writes: what is sent, and what of the reply is believed.
+
+A request is rows to write and, as the last row, the canary to score: the reply carries its own proof of who
+made it, as a scored one does (`identity`).
+
+Letters: P prompt tokens, M new tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxdistill.errors import TeacherContractError, TeacherUnavailable
+from jaxdistill.records import TokenSpans
+from jaxdistill.teachers.checks import BYTES_A_ROW, OWN_ONLY, ScoringRow, largest_reply, scoring_request
+
+# A new token's id, and its text as JSON writes it: vocabularies hold runs of a hundred spaces, and a sign
+# outside of ASCII may take six characters.
+BYTES_A_NEW_TOKEN = 1024
+
+
+@dataclass(frozen=True)
+class Written:
+    """A response of the teacher in its own tokens, the end of turn with them; `finished` is false where it
+    was cut at the length limit and so has none."""
+
+    response: TokenSpans
+    finished: bool
+
+
+@dataclass(frozen=True)
+class WritingRow:
+    """One prompt to be answered with at most `new` tokens, drawn from `seed`; `number` is its place in the
+    batch."""
+
+    number: int
+    prompt: Int32[np.ndarray, " P"]
+    new: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.prompt) + self.new
+
+    @property
+    def label(self) -> str:
+        """What messages call this row."""
+        return f"row {self.number}"
+
+
+def writing_row(
+    number: int, prompt: Int32[np.ndarray, " P"], new: int, seed: int, *, longest: int, vocab_size: int
+) -> WritingRow:
+    """The row as it may be sent to a server that reads `longest` tokens at most: it writes less where the
+    prompt leaves less room.
+
+    Raises `TeacherContractError` for a prompt that is empty, leaves no room, or has an id outside the
+    vocabulary: sent, such a row ends the server or its whole request.
+    """
+    room = longest - len(prompt)
+    if not len(prompt) or room < 1:
+        raise TeacherContractError(
+            f"row {number}: got a prompt of {len(prompt)} teacher tokens, expected 1 to {longest - 1} of the "
+            f"{longest} that the teacher reads; not sent, serve it with a longer context or drop the prompt"
+        )
+    bad = np.flatnonzero((prompt < 0) | (prompt >= vocab_size))
+    if len(bad):
+        raise TeacherContractError(
+            f"row {number}, position {bad[0]}: got token id {prompt[bad[0]]}, expected one in "
+            f"[0, {vocab_size}); not sent, check that teacher.tokenizer is the served model's own"
+        )
+    return WritingRow(number, prompt, min(new, room), seed)
+
+
+def writing_request(
+    rows: Sequence[WritingRow], canary: ScoringRow, *, temperature: float, stop_ids: Sequence[int]
+) -> dict[str, Any]:
+    """The `/generate` body that lets the teacher answer `rows`, and scores the canary after them."""
+    scored = scoring_request([canary])
+    written = [
+        {
+            "max_new_tokens": row.new,
+            "temperature": temperature,
+            "stop_token_ids": list(stop_ids),
+            "sampling_seed": row.seed,
+        }
+        for row in rows
+    ]
+    return {
+        "input_ids": [*(row.prompt.tolist() for row in rows), *scored["input_ids"]],
+        "sampling_params": [*written, scored["sampling_params"]],
+        "return_logprob": [*(False for _ in rows), True],
+        "logprob_start_len": [*(-1 for _ in rows), *scored["logprob_start_len"]],
+    }
+
+
+def largest_writing(rows: Sequence[WritingRow], canary: ScoringRow) -> int:
+    """Most bytes that a sound reply to `writing_request` has."""
+    return sum(BYTES_A_ROW + row.new * BYTES_A_NEW_TOKEN for row in rows) + largest_reply([canary], OWN_ONLY)
+
+
+def read_written(
+    result: Any, row: WritingRow, vocab_size: int, endpoint: str
+) -> tuple[Int32[np.ndarray, " M"], bool, str]:
+    """One row's result: its new ids, whether it ended by itself, and the weight version that wrote it.
+
+    Raises `TeacherContractError` for what does not answer the row, and `TeacherUnavailable` where the server
+    gave the row up; both name the `endpoint`.
+    """
+    where = f"teacher at {endpoint}: {row.label}"
+    result = result if isinstance(result, dict) else {}
+    meta = result.get("meta_info")
+    meta = meta if isinstance(meta, dict) else {}
+    finish = meta.get("finish_reason")
+    kind = finish.get("type") if isinstance(finish, dict) else None
+    if kind == "abort":
+        raise TeacherUnavailable(f"{where}: the server gave up writing it ({finish!r:.200}); try again later")
+    if kind not in ("stop", "length"):
+        raise _refused(where, f"finish_reason {finish!r:.80}", "one of type stop or length")
+    count = meta.get("prompt_tokens", len(row.prompt))
+    if count != len(row.prompt):
+        raise _refused(where, f"prompt_tokens {count!r:.80}", f"{len(row.prompt)}, the tokens sent")
+    ids = result.get("output_ids")
+    if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
+        raise _refused(where, f"output_ids {ids!r:.80}", f"a list of ids in [0, {vocab_size})")
+    if len(ids) > row.new:
+        raise _refused(where, f"{len(ids)} new tokens", f"at most {row.new}")
+    version = meta.get("weight_version", "")
+    if not isinstance(version, str):
+        raise _refused(where, f"weight_version {version!r:.80}", "a string")
+    return np.asarray(ids, np.int32), kind == "stop", version
+
+
+def _refused(where: str, got: str, expected: str) -> TeacherContractError:
+    return TeacherContractError(
+        f"{where}: got {got}, expected {expected}; the reply cannot be used, check that the server is an "
+        "SGLang that returns output_ids"
+    )
