@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.align import align
-from jaxdistill.align.projection import Borders, Cuts, border_masses, vocabulary_symbols
+from jaxdistill.align.projection import Borders, Cuts, Projector, border_masses, vocabulary_symbols
 from jaxdistill.align.texts import built_in
 from jaxdistill.records import TeacherScores, TokenSpans
 from jaxdistill.text import Tokenizer, concatenate
@@ -152,6 +152,11 @@ class Counted:
         sampled = logprobs[ids == scored.ids[:, None]]
         return TeacherScores(scored, sampled, "t", "0", ids, logprobs)
 
+    def share(self, index: int, row: int, token: int) -> float:
+        """p_{T>S} of a student token before token `row` of a string."""
+        history = tuple(self.mine[index].ids[:row].tolist())
+        return self._mass.get((*history, token), 0.0) / self._mass[history]
+
     def truth(self, index: int) -> np.ndarray:
         ids = tuple(self.mine[index].ids.tolist())
         return np.log([self._mass[ids[: i + 1]] for i in range(len(ids))])
@@ -201,3 +206,36 @@ def test_masses_of_short_strings_are_those_counted(genuine: Any) -> None:
     assert np.isfinite(error).all()
     assert np.mean(size < 1e-3) > 0.9 and size.mean() < 0.05
     assert outside.sum() <= 0.005 * sure.sum()
+
+
+def test_projected_tokens_of_short_strings_are_those_counted(genuine: Any) -> None:
+    """The figures of docs/align.md; -s prints them."""
+    errors, sampled, tails, floored, states = [], [], [], 0, 0
+    for number, (mine, other) in enumerate(PAIRS):
+        student, teacher = genuine[mine], genuine[other]
+        projector = Projector(student, teacher, candidates=16)
+        for texts in short_strings():
+            counted = Counted(student, teacher, texts, number)
+            for index in np.random.default_rng(1).permutation(len(texts))[:12].tolist():
+                response, scores = counted.mine[index], counted.scores(index)
+                found = projector(response, scores, align(response, scores.response))
+                states += len(response)
+                floored += int(found.floored.sum())
+                assert found.mask.all() and np.isfinite(found.logprob).all()
+                for row, token in enumerate(response.ids.tolist()):
+                    sampled.append(found.logprob[row] - np.log(counted.share(index, row, token)))
+                    known = found.ids[row] >= 0
+                    values = np.exp(found.logprobs[row][known].astype(np.float64))
+                    tails.append(1.0 - values.sum())
+                    for candidate, value in zip(found.ids[row][known].tolist(), values.tolist(), strict=True):
+                        if candidate != token:
+                            errors.append(value - counted.share(index, row, candidate))
+    error, off, tail = np.abs(errors), np.abs(sampled), np.asarray(tails)
+    print(
+        f"\n{states} states, {floored} floored: sampled {np.mean(off < 2e-3):.3f} exact, mean error "
+        f"{off.mean():.3f}; {len(error)} other candidates: {np.mean(error < 1e-3):.3f} exact, "
+        f"{np.mean(error > 0.1):.3f} off by more than 0.1; mean tail {tail.mean():.3f}"
+    )
+    assert np.mean(off < 2e-3) > 0.9 and off.mean() < 0.05 and floored == 0
+    assert np.mean(error < 1e-3) > 0.85 and np.mean(error > 0.1) < 0.03
+    assert tail.min() > -1e-6 and tail.mean() < 0.2

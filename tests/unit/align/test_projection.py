@@ -21,7 +21,7 @@ from jaxdistill.align.projection import (
 )
 from jaxdistill.errors import TeacherContractError
 from jaxdistill.records import OTHER_SPECIAL, ROLES, TokenSpans
-from jaxdistill.text import Tokenizer
+from jaxdistill.text import Tokenizer, concatenate
 
 TEXT = st.lists(st.sampled_from(["Tom", " has", " 12", "\n", "\u00fc", "\u4f60\u597d"]), max_size=12).map(
     "".join
@@ -126,3 +126,18 @@ def test_every_id_that_ends_a_turn_is_the_students_end_of_turn(
 
 def test_role_numbers_stay_below_those_of_special_tokens() -> None:
     assert max(ROLES.values()) < OTHER_SPECIAL < 256
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_short_contents_are_encoded_as_each_by_itself(
+    all_tokenizers: dict[str, Tokenizer], data: st.DataObject
+) -> None:
+    side = all_tokenizers[data.draw(st.sampled_from(sorted(all_tokenizers)))]
+    contents = data.draw(st.lists(TEXT.map(str.encode) | st.binary(max_size=6), max_size=8))
+    ids, ends, counts = side.encode_short(contents)
+    each = [side.encode(content) for content in contents]
+    assert counts.tolist() == [len(one) for one in each]
+    assert ids.tolist() == [token for one in each for token in one.ids.tolist()]
+    whole = concatenate(each)
+    assert ends.tolist() == whole.ends.tolist()
