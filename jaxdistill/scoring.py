@@ -172,31 +172,6 @@ def _figures(scored: Scored) -> dict[str, Mean]:
         "finished_fraction": Mean(finished, rows),
         "response_tokens": Mean(tokens, rows),
         "unscored_fraction": Mean(unscored, rows),
-        **_projection_figures(scored),
-    }
-
-
-def _projection_figures(scored: Scored) -> dict[str, Mean]:
-    """Of targets with a projection: the share of student tokens that have one, of these the share whose own
-    token nothing seen leads to, and the mean teacher probability beyond the listed tokens."""
-    found = [
-        (s, target.projection)
-        for s, target in zip(scored.scores, scored.targets, strict=True)
-        if target.projection is not None and s.unscored is None
-    ]
-    if not found:
-        return {}
-    tokens = float(sum(len(projection.mask) for _, projection in found))
-    projected = float(sum(projection.mask.sum() for _, projection in found))
-    floored = float(sum((projection.floored & projection.mask).sum() for _, projection in found))
-    listed = sum(
-        float(np.exp(projection.logprobs[projection.mask].astype(np.float64)).sum())
-        for _, projection in found
-    )
-    return {
-        "projected_fraction": Mean(projected, tokens),
-        "floored_fraction": Mean(floored, projected),
-        "unlisted_mass": Mean(projected - listed, projected),
     }
 
 

@@ -1,5 +1,5 @@
 """A world small enough to write down: two response tokens out of three, both models as tables. Weighing each
-of the nine responses by its probability makes an objective's gradient its expectation, which must be exact.
+of the nine responses by its probability makes a gradient its expectation, which must be the exact one.
 
 The hidden states are one-hot, so that the output matrix [V, 4] is the student's table of logits: column 0 for
 the state before the first token, column 1 + a after token a.
