@@ -1,4 +1,5 @@
-"""Whether the student's tokenizer keeps the token before a border, given what the teacher writes next.
+"""Whether the student's tokenizer keeps the token before a border, given what the teacher writes next, and
+which token begins there.
 
 The question for a response x, a border e, and bytes y that follow: does the student's segmentation of
 x[:e] + y have the response's token before e, with a boundary at e? (A boundary alone is not enough: two
@@ -21,8 +22,9 @@ What follows y is not known, and may decide: `\\s+(?!\\S)` gives a run's last sp
 longer token may reach over e or take y's last bytes away, half a character may be completed. So each
 question is asked twice, with nothing behind y and with y going on in the way that most readily turns the
 answer: where the student cuts, to the first token of the vocabulary (merges come in order of frequency) that
-begins with the context and y and is longer; where it does not and y ends in white space, to a letter; else
-to the first token that begins with y. Where the two answers differ, what follows decides. Two answers that
+begins with the context and y and is longer; else, behind white space, to a letter; else to the first longer
+token that begins with y. Only what the teacher's tokenizer would write so counts: behind its token " the" no
+"re" follows if it has " there". Where the two answers differ, what follows decides. Two answers that
 agree are taken for certain; some third continuation may still say otherwise. A role token ends y for
 certain. Where more of what follows is known, `longer` makes it part of the context.
 
