@@ -1,4 +1,5 @@
-"""Whether the student's tokenizer keeps the token before a border, given what the teacher writes next.
+"""Whether the student's tokenizer keeps the token before a border, given what the teacher writes next, and
+which token begins there.
 
 The question for a response x, a border e, and bytes y that follow: does the student's segmentation of
 x[:e] + y have the response's token before e, with a boundary at e? (A boundary alone is not enough: two
@@ -21,10 +22,11 @@ What follows y is not known, and may decide: `\\s+(?!\\S)` gives a run's last sp
 longer token may reach over e or take y's last bytes away, half a character may be completed. So each
 question is asked twice, with nothing behind y and with y going on in the way that most readily turns the
 answer: where the student cuts, to the first token of the vocabulary (merges come in order of frequency) that
-begins with the context and y and is longer; where it does not and y ends in white space, to a letter; else
-to the first token that begins with y. Where the two answers differ, what follows decides. Two answers that
-agree are taken for certain; some third continuation may still say otherwise. A role token ends y for
-certain. Where more of what follows is known, `longer` makes it part of the context.
+begins with the context and y and is longer; else, behind white space, to a letter, a digit or a sign; else to
+the first longer token that begins with y. Only what the teacher's tokenizer would write so counts: behind its
+token " the" no "re" follows if it has " there". Where the two answers differ, what follows decides. Two
+answers that agree are taken for certain; some third continuation may still say otherwise. A role token ends
+y for certain. Where more of what follows is known, `longer` makes it part of the context.
 
 Exact otherwise if the response is the student's own segmentation back to the context's start and that start
 lies within the last 16 tokens; a response that is cut otherwise is answered for its context alone. Unigram
@@ -51,6 +53,7 @@ from jaxdistill.text import Tokenizer
 _AHEAD = 8  # tokens behind a border that decide what the response itself says there
 _TRIED = 4  # continuations of one token, until one is found that its teacher would write
 _NOT_KEPT = -1
+_BEHIND_SPACE = [b"a", b"1", b"=", "\u4e2d".encode()]  # of each kind that pre-tokenizers tell apart
 
 
 class _Context(NamedTuple):
@@ -264,8 +267,9 @@ class Cuts:
         return found
 
     def _find_continuations(self, asked: Sequence[tuple[bytes, int]]) -> None:
-        """For each text and the teacher token it ends with, one behind which the teacher still writes this
-        token: a letter behind white space, else what the first longer student token has behind the text."""
+        """For each text and the teacher token it ends with, a continuation with which the teacher still
+        writes this token: behind white space a letter, digit or sign, else the rest of the first longer
+        student token."""
         new = [pair for pair in dict.fromkeys(asked) if pair not in self._continuations]
         tried = [(pair, more) for pair in new for more in self._candidates(*pair)]
         tokens = np.asarray([token for (_, token), _ in tried], np.int32)
@@ -278,7 +282,7 @@ class Cuts:
                 self._continuations[pair] = more
 
     def _candidates(self, text: bytes, token: int) -> list[bytes]:
-        letter = [b"a"] if _ends_in_space(text) else []
+        letter = _BEHIND_SPACE if _ends_in_space(text) else []
         if len(text) == self._ends[token] - self._starts[token]:  # the token itself, whole
             piece = int(self._longer_piece[token])
             return [*letter, self._pieces[piece][len(text) :]] if piece >= 0 else letter
