@@ -7,11 +7,13 @@ from flax import nnx
 
 from jaxdistill.align import align, project
 from jaxdistill.evaluation.references import References, StudentLogprobs, reference_figures
+from jaxdistill.metrics import Stopwatch
 from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.records import Prompt, Rollout, TeacherScores, TokenSpans, Unscored
-from jaxdistill.scoring import Scored
+from jaxdistill.scoring import Scored, Scoring
 from jaxdistill.students import Decoder, DecoderConfig
-from jaxdistill.teachers import Teachers
+from jaxdistill.teachers import EmbeddedConfig, Routes, Teachers
+from jaxdistill.text import Tokenizer
 
 CONFIG = DecoderConfig(40, 16, 32, 2, 4, 2, 8, 1e4, 1e-6, 64, False, True)
 PROMPT = Prompt([{"role": "user", "content": "hi"}], 0, "test")
@@ -120,11 +122,10 @@ class FixedStudent(StudentLogprobs):
 class CountingTeachers(Teachers):
     """Know one text; count how often they are asked."""
 
-    weights = {"t": 1.0}  # type: ignore[misc]  # noqa: RUF012
     asked = 0
 
     def __init__(self):
-        pass
+        super().__init__([], Routes([EmbeddedConfig(name="t", model="m")], seed=0))
 
     def score(self, rollouts):
         CountingTeachers.asked += 1
@@ -139,7 +140,8 @@ class CountingTeachers(Teachers):
 
 def test_the_teachers_are_asked_once_and_the_student_each_time():
     teachers = CountingTeachers()
-    references = References([rollout([b"yes", 1], [0.0, 0.0])], FixedStudent(), teachers)
+    scoring = Scoring(teachers, Tokenizer.load("assets/toy/student"), Stopwatch())
+    references = References([rollout([b"yes", 1], [0.0, 0.0])], FixedStudent(), scoring)
     gaps = [references(params)["cross_entropy_gap_per_byte"].value for params in (-1.0, -2.0)]
     assert teachers.asked == 1
     assert gaps == [pytest.approx(0.5 / 3), pytest.approx(1.5 / 3)]

@@ -40,7 +40,6 @@ def test_an_endpoint_may_be_one_url_or_several(tmp_path: Path) -> None:
         ({"kind": "sglang", "tokenizer": "t"}, "endpoint"),
         ({"kind": "sglang", "endpoint": [], "tokenizer": "t"}, "endpoint.*is expected"),
         ({"kind": "sglang", "endpoint": [URL, URL + "/"], "tokenizer": "t"}, "listed twice"),
-        ({"kind": "sglang", "endpoint": URL}, "tokenizer"),
         ({"kind": "sglang", "endpoint": URL, "tokenizer": "t", "model": "m"}, "unknown key.*model"),
         ({"kind": "embedded"}, "model"),
         ({"kind": "embedded", "model": "m", "endpoint": URL}, "unknown key.*endpoint"),
