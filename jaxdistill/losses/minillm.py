@@ -91,7 +91,7 @@ class MiniLLM(Objective[MiniLLMConfig]):
         count = _to_go(signal.astype(jnp.float32), c.discount)
         ahead = count > 0  # tokens after the last signal have no reward to go
         if c.exact_step:
-            total, count = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (total, count))
+            total, count = (c.discount * jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (total, count))
         if c.length_normalize:
             total = total / jnp.where(count > 0, count, 1.0)
         prepared = surrogate_targets(c, batch, total, ahead)
