@@ -76,7 +76,8 @@ class MiniLLMConfig(PolicyGradientSettings):
     def resolved(self, *, top_k: bool) -> "MiniLLMConfig":
         if self.credit != "auto":
             return self
-        return self.model_validate(self.model_dump() | {"credit": "projected" if top_k else "chunk"})
+        projected = top_k and self.signal == "chunk"
+        return self.model_validate(self.model_dump() | {"credit": "projected" if projected else "chunk"})
 
 
 @dataclass(frozen=True)
