@@ -76,7 +76,8 @@ class MiniLLMConfig(PolicyGradientSettings):
     def resolved(self, *, top_k: bool) -> "MiniLLMConfig":
         if self.credit != "auto":
             return self
-        return self.model_validate(self.model_dump() | {"credit": "projected" if top_k else "chunk"})
+        projected = top_k and self.signal == "chunk"
+        return self.model_validate(self.model_dump() | {"credit": "projected" if projected else "chunk"})
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class MiniLLM(Objective[MiniLLMConfig]):
         count = _to_go(signal.astype(jnp.float32), c.discount)
         ahead = count > 0  # tokens after the last signal have no reward to go
         if c.exact_step:
-            total, count = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (total, count))
+            total, count = (c.discount * jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (total, count))
         if c.length_normalize:
             total = total / jnp.where(count > 0, count, 1.0)
         prepared = surrogate_targets(c, batch, total, ahead)

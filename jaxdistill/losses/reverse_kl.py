@@ -27,7 +27,7 @@ class ReverseKLConfig(PolicyGradientSettings):
     """Settings of `objective.kind: reverse_kl`.
 
     `credit: auto` is `projected` where the teachers give their top-k, else `lookahead`. `signal: exact` keeps
-    one-to-one chunks alone.
+    one-to-one chunks alone: a rule on chunks, so that `auto` is then `lookahead` in any case.
     """
 
     kind: Literal["reverse_kl"] = "reverse_kl"
@@ -40,7 +40,9 @@ class ReverseKLConfig(PolicyGradientSettings):
     def resolved(self, *, top_k: bool) -> "ReverseKLConfig":
         if self.credit != "auto":
             return self
-        return self.model_copy(update={"credit": "projected" if top_k else "lookahead"})
+        return self.model_copy(
+            update={"credit": "projected" if top_k and self.signal == "chunk" else "lookahead"}
+        )
 
 
 @dataclass(frozen=True)

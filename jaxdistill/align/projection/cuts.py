@@ -149,7 +149,7 @@ class Cuts:
         return number
 
     def _bytes_beside(self, contexts: Int32[np.ndarray, " N"]) -> Int64[np.ndarray, "2 N"]:
-        return np.array(self._beside).reshape(-1, 2)[contexts].T.astype(np.int64)
+        return np.frombuffer(self._beside, np.int16).reshape(-1, 2)[contexts].T.astype(np.int64)
 
     def always(self, contexts: Int32[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
         """Whether the student cuts at each context's border whatever follows."""
@@ -259,27 +259,34 @@ class Cuts:
     ) -> list[bytes]:
         """What behind each text most readily turns the answer (see above); b"" if there is nothing."""
         behind = [text[place:] for text, place in zip(texts, places, strict=True)]
-        self._find_continuations([*zip(texts, tokens, strict=True), *zip(behind, tokens, strict=True)])
+        asked = [(text, token) for text, token, is_cut in zip(texts, tokens, kept, strict=True) if is_cut]
+        continuations = self._find_continuations([*asked, *zip(behind, tokens, strict=True)])
         found = []
         for text, after, token, is_cut in zip(texts, behind, tokens, kept, strict=True):
-            whole = self._continuations[text, token] if is_cut else b""
-            found.append(whole or self._continuations[after, token])
+            whole = continuations[text, token] if is_cut else b""
+            found.append(whole or continuations[after, token])
         return found
 
-    def _find_continuations(self, asked: Sequence[tuple[bytes, int]]) -> None:
-        """For each text and the teacher token it ends with, a continuation with which the teacher still
-        writes this token: behind white space a letter, digit or sign, else the rest of the first longer
-        student token."""
-        new = [pair for pair in dict.fromkeys(asked) if pair not in self._continuations]
+    def _find_continuations(self, asked: Sequence[tuple[bytes, int]]) -> dict[tuple[bytes, int], bytes]:
+        """For each text and the teacher token it ends with, one behind which the teacher still writes this
+        token: behind white space a letter, digit or sign, else the rest of the first longer student token.
+
+        Those of no more than the token are remembered; a longer text comes once, its answer is."""
+        found = {pair: self._continuations.get(pair) for pair in asked}
+        new = [pair for pair, known in found.items() if known is None]
         tried = [(pair, more) for pair in new for more in self._candidates(*pair)]
         tokens = np.asarray([token for (_, token), _ in tried], np.int32)
         wholes = self._rests(tokens, np.zeros(len(tried), np.int64))
         first = _first_ids(self._teacher, [w + more for w, (_, more) in zip(wholes, tried, strict=True)])
         written = (first == tokens).tolist()
-        self._continuations.update(dict.fromkeys(new, b""))
+        fresh = dict.fromkeys(new, b"")
         for (pair, more), possible in zip(reversed(tried), reversed(written), strict=True):
             if possible:
-                self._continuations[pair] = more
+                fresh[pair] = more
+        sizes = (self._ends - self._starts)[np.asarray([token for _, token in new], np.int64)].tolist()
+        short = zip(fresh.items(), sizes, strict=True)
+        self._continuations.update(entry for entry, size in short if len(entry[0][0]) <= size)
+        return {pair: fresh[pair] if known is None else known for pair, known in found.items()}
 
     def _candidates(self, text: bytes, token: int) -> list[bytes]:
         letter = _BEHIND_SPACE if _ends_in_space(text) else []

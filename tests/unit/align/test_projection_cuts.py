@@ -209,3 +209,17 @@ def test_the_memory_is_as_quick_when_it_is_full() -> None:
     assert (memory.get(keys) == keys % 128).all() and len(memory) == len(keys)
     assert (memory.get(keys + 1)[np.diff(keys, append=0) != 1] == -1).all()
     assert seconds[2] < 10 * seconds[0] + 0.1
+
+
+def test_what_is_kept_beside_the_answers_is_of_single_tokens(tokenizers: dict[str, Tokenizer]) -> None:
+    """A context with what follows it comes once, as its answer does; kept too, it would take several times
+    the answer's place, and `limit` would not know of it."""
+    student, teacher = tokenizers["llama3"], tokenizers["chatml"]
+    cuts = Cuts(student, teacher)
+    every = np.arange(teacher.vocab_size, dtype=np.int32)
+    for text in ("Tom has 12", "the answer", "  ", "def add"):
+        context = np.full(len(every), cuts.contexts(student.encode(text))[-1], np.int32)
+        cuts.at(context, every, np.zeros(len(every), np.int64))
+    longest = teacher.token_bytes(every)
+    assert len(cuts._continuations) > 100
+    assert all(len(text) <= len(longest[token]) for text, token in cuts._continuations)

@@ -78,21 +78,27 @@ def weights(seed: int = 1, length: int = LENGTH):
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _loss_and_gradient(objective, batch, hidden, embedding, _tile_logits):
+def _run(objective, batch, hidden, embedding, _tile_logits):
     def loss(h, e):
         out = evaluate_objective(objective, objective.prepare(batch), h, e)
-        return out.objective.total / out.objective.weight
+        return out.objective.total / out.objective.weight, out
 
-    return jax.value_and_grad(loss, (0, 1))(hidden, embedding)
+    (value, out), gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, embedding)
+    return value, gradient, out
+
+
+def run(objective, batch, hidden, embedding):
+    """The mean objective, its gradient with respect to hidden states and output matrix, and the sums it and
+    its metrics are made of. One program for each objective, shape and size of tiles."""
+    return _run(objective, batch, hidden, embedding, head.TILE_LOGITS)
 
 
 def loss_and_gradient(objective, batch, hidden, embedding):
-    """The mean objective, and its gradient with respect to hidden states and output matrix."""
-    return _loss_and_gradient(objective, batch, hidden, embedding, head.TILE_LOGITS)  # a size a program
+    return run(objective, batch, hidden, embedding)[:2]
 
 
 def metrics_of(objective, batch, hidden, embedding) -> dict[str, float]:
-    out = evaluate_objective(objective, objective.prepare(on_device(batch)), hidden, embedding)
+    out = run(objective, on_device(batch), hidden, embedding)[2]
     return {name: mean.value for name, mean in out.metrics.items()}
 
 

@@ -87,6 +87,23 @@ def test_minillm_expects_the_gradient_of_the_sequence_kl(credit, single_step, se
     np.testing.assert_allclose(gradient, exact, atol=1e-5)
 
 
+@pytest.mark.parametrize("discount", [0.0, 0.6])
+@pytest.mark.parametrize("single_step", [True, False])
+def test_the_single_step_leaves_a_discounted_expectation_alone(single_step, discount):
+    """Each reward counts for the earlier token by the discount, whether or not the own one is taken exactly;
+    with discount 0 what is left is the gradient at each state."""
+    config = MiniLLMConfig(**PLAIN, length_normalize=False, single_step=single_step, discount=discount)
+    gradient, student, teacher = expected_gradient(MiniLLM(config), seed=0)
+    met = visits(student)
+
+    def discounted(x):
+        immediate = jnp.sum(met * state_kl(x, teacher))
+        later = jnp.sum(visits(x)[1:] * jax.lax.stop_gradient(state_kl(x, teacher)[1:]))
+        return immediate + discount * later
+
+    np.testing.assert_allclose(gradient, jax.grad(discounted)(student), atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "objective",

@@ -27,6 +27,7 @@ from tests.unit.losses.batches import (
     loss_and_gradient,
     make_batch,
     on_device,
+    run,
     weights,
 )
 
@@ -71,34 +72,32 @@ def mixed_batch():
 
 
 @everywhere
-def test_masking_a_row_equals_dropping_it(objective):
-    batch, (hidden, embedding) = on_device(mixed_batch()), weights()
-    masked = replace(batch, weight=batch.weight.at[2].set(0.0))
-    kept = jnp.asarray([0, 1, 3])
-    dropped = jax.tree.map(lambda leaf: leaf[kept], batch)
-    value, (d_hidden, d_embedding) = loss_and_gradient(objective, masked, hidden, embedding)
-    other, (d_kept, d_other) = loss_and_gradient(objective, dropped, hidden[kept], embedding)
-    np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(d_embedding, d_other, atol=1e-5)
-    np.testing.assert_allclose(d_hidden[kept], d_kept, atol=1e-5)
-    np.testing.assert_array_equal(d_hidden[2], 0)
-
-
-@everywhere
-def test_padding_changes_nothing(objective):
+def test_masked_rows_padding_and_tiles_change_nothing(objective, monkeypatch):
+    """A row of weight 0 equals none; columns of padding add nothing; tiles of three columns, the last not
+    full, sum to the whole. In one program, since compiling it is what takes the time."""
     batch, (hidden, embedding) = mixed_batch(), weights()
-    padded = jax.tree.map(
-        lambda x: np.pad(x, [(0, 0), (0, 6)] + [(0, 0)] * (x.ndim - 2)) if x.ndim > 1 else x, batch
-    )
+    masked = replace(batch, weight=batch.weight * np.float32([1, 1, 0, 1]))
+    kept = np.asarray([0, 1, 3])
+
+    def padded(x):
+        return np.pad(x, [(0, 0), (0, 6)] + [(0, 0)] * (x.ndim - 2)) if x.ndim > 1 else x
+
     chunk = np.pad(batch.chunk_of_token, ((0, 0), (0, 6)), constant_values=-1)
-    padded = replace(padded, chunk_of_token=chunk)
+    other = replace(jax.tree.map(padded, batch), chunk_of_token=chunk)
+    other = jax.tree.map(lambda x: x[kept], other)
     long_hidden, _ = weights(length=LENGTH + 6)
-    value, (d_hidden, d_embedding) = loss_and_gradient(objective, on_device(batch), hidden, embedding)
-    other, (d_long, d_other) = loss_and_gradient(objective, on_device(padded), long_hidden, embedding)
-    np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+    value, (d_hidden, d_embedding), whole = run(objective, on_device(masked), hidden, embedding)
+    monkeypatch.setattr(head, "TILE_LOGITS", len(kept) * VOCAB * 3)
+    assert head.tile_length(len(kept), LENGTH + 6, VOCAB) == 3 and (LENGTH + 6) % 3
+    value_other, (d_long, d_other), parts = run(objective, on_device(other), long_hidden[kept], embedding)
+    np.testing.assert_allclose(value, value_other, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(d_embedding, d_other, atol=1e-5)
-    np.testing.assert_allclose(d_hidden, d_long[:, :LENGTH], atol=1e-5)
+    np.testing.assert_allclose(d_hidden[kept], d_long[:, :LENGTH], atol=1e-5)
+    np.testing.assert_array_equal(d_hidden[2], 0)
     np.testing.assert_array_equal(d_long[:, LENGTH:], 0)
+    assert whole.metrics.keys() == parts.metrics.keys()
+    for name, mean in whole.metrics.items():
+        np.testing.assert_allclose(parts.metrics[name].value, mean.value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @everywhere
@@ -166,35 +165,28 @@ def test_a_teacher_that_is_certain_or_silent_stays_finite(objective):
 
 
 @everywhere
-@pytest.mark.parametrize("columns", [1, 3])
-def test_tiles_of_any_width_give_the_same(objective, columns, monkeypatch):
-    batch, (hidden, embedding) = on_device(mixed_batch()), weights()
-    whole = loss_and_gradient(objective, batch, hidden, embedding)
-    monkeypatch.setattr(head, "TILE_LOGITS", ROWS * VOCAB * columns)
-    tiled = loss_and_gradient(objective, batch, hidden, embedding)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, tiled)
-
-
-@everywhere
 def test_a_split_into_microbatches_changes_nothing(objective):
     """After `prepare` the halves' sums add up to the whole's: of the objective and of every metric."""
     batch, (hidden, embedding) = on_device(mixed_batch()), weights()
-    prepared = replace(jax.jit(objective.prepare)(batch), metrics={})
+    _, _, whole = run(objective, batch, hidden, embedding)
 
     @jax.jit
-    def evaluate(targets, hidden):
-        return evaluate_objective(objective, replace(prepared, targets=targets), hidden, embedding)
+    def in_halves(batch, hidden, embedding):
+        prepared = objective.prepare(batch)
+        halves = []
+        for rows in (np.s_[:2], np.s_[2:]):
+            targets, h = jax.tree.map(lambda x, rows=rows: x[rows], (prepared.targets, hidden))
+            part = replace(prepared, targets=targets, metrics={})
+            halves.append(evaluate_objective(objective, part, h, embedding))
+        return halves, prepared.metrics
 
-    whole = evaluate(prepared.targets, hidden)
-    halves = [
-        evaluate(*jax.tree.map(lambda x, rows=rows: x[rows], (prepared.targets, hidden)))
-        for rows in (np.s_[:2], np.s_[2:])
-    ]
+    halves, beforehand = in_halves(batch, hidden, embedding)
     total = sum(half.objective.total for half in halves)
     np.testing.assert_allclose(total, whole.objective.total, rtol=1e-5, atol=1e-6)
-    for name, mean in whole.metrics.items():
-        joined = halves[0].metrics[name] + halves[1].metrics[name]
-        np.testing.assert_allclose(joined.value, mean.value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert whole.metrics.keys() == halves[0].metrics.keys() | beforehand.keys()
+    for name, first in halves[0].metrics.items():
+        joined = (first + halves[1].metrics[name]).value
+        np.testing.assert_allclose(joined, whole.metrics[name].value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_only_sums_and_what_is_not_a_sum_of_tokens_take_a_first_pass():

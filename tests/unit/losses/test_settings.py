@@ -75,6 +75,12 @@ def test_auto_becomes_projected_with_top_k_and_a_chunk_rule_without():
         ReverseKL(ReverseKLConfig()).prepare(on_device(make_batch()))
 
 
+def test_exact_chunks_are_never_silently_given_up_for_the_projection():
+    for cls, on_chunks in ((ReverseKLConfig, "lookahead"), (MiniLLMConfig, "chunk")):
+        resolved = cls(signal="exact").resolved(top_k=True)
+        assert resolved.credit == on_chunks and resolved.needs == frozenset()
+
+
 def test_a_sum_asks_for_what_its_terms_ask_for():
     terms = (
         TermConfig(objective=ReverseKLConfig()),
@@ -83,11 +89,11 @@ def test_a_sum_asks_for_what_its_terms_ask_for():
     )
     config = SumConfig(terms=terms).resolved(top_k=True)
     assert config.needs == {"projection", "end"}
-    assert config.needs_teacher and config.on_policy
+    assert config.needs_teacher and config.needs_samples
     with pytest.raises(ValueError, match="temperature"):
         config.check_temperature(0.7)
     off = SumConfig(terms=(TermConfig(objective=SFTConfig()),))
-    assert not off.needs_teacher and not off.on_policy
+    assert not off.needs_teacher and not off.needs_samples
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,8 @@ def test_a_sum_asks_for_what_its_terms_ask_for():
     [
         (lambda: GKDConfig(seq_kd=True), "lmbda"),
         (lambda: MiniLLMConfig(credit="chunk", single_step=True), "single_step"),
+        (lambda: ReverseKLConfig(credit="projected", signal="exact"), "does not read chunks"),
+        (lambda: MiniLLMConfig(credit="projected", signal="exact"), "does not read chunks"),
         (lambda: MiniLLMConfig(single_step=True).resolved(top_k=False), "single_step"),
         (lambda: SumConfig(terms=(TermConfig(objective=SFTConfig()),) * 2), "name"),
         (lambda: TermConfig(objective=ReverseKLConfig(), rows=("reference",)), "student"),
