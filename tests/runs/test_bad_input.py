@@ -113,5 +113,9 @@ def test_export_of_what_is_no_run(tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    result = subprocess.run(export, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    one_message(result, 2, "no run folder")
+    quiet = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "check": False}
+    one_message(subprocess.run(export, **quiet), 2, "no run folder")
+    config = (ROOT / "configs/quickstart.yaml").read_text()
+    student = "student: {path: assets/toy/student"
+    (tmp_path / "config.yaml").write_text(config.replace(student, student + ", chat_template: gone.jinja"))
+    one_message(subprocess.run(export, **quiet), 2, "student.chat_template=gone.jinja: cannot be read")
