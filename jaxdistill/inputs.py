@@ -45,7 +45,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     heldout, heldout_references = read_heldout(config, student.tokenizer)
     # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
     references = ReferenceSampler(student.tokenizer, config.rollout, scored=config.objective.needs_teacher)
-    if config.origins.most("reference") < 1:  # some are answered from the rendered prompt
+    if config.origins.most("student") or config.origins.most("teacher"):  # answered from the prompt alone
         for row in rows:
             render_prompt(student.tokenizer, row, config.rollout)
     if config.origins.most("reference"):

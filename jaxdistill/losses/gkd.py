@@ -57,7 +57,16 @@ class GKDConfig(ObjectiveSettings):
 
     @property
     def origins(self) -> Mapping[Origin, float]:
-        return {"student": self.lmbda, "teacher" if self.seq_kd else "reference": 1.0 - self.lmbda}
+        others: Origin = "teacher" if self.seq_kd else "reference"
+        shares: dict[Origin, float] = {"student": self.lmbda, others: 1.0 - self.lmbda}
+        return {origin: share for origin, share in shares.items() if share}
+
+    def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
+        if given and self.lmbda < 1:
+            raise ValueError(
+                f"lmbda={self.lmbda:g} of gkd and rollout.origins both say who answers the prompts; leave "
+                "one of them out"
+            )
 
     @property
     def needs(self) -> frozenset[Part]:
