@@ -36,8 +36,8 @@ class GKDConfig(ObjectiveSettings):
     """Settings of `objective.kind: gkd`.
 
     `beta`: 0 is forward KL (covers the teacher), 1 reverse KL (seeks its modes), between them JSD(beta).
-    `temperature` of both sides. `lmbda` is the share of rows the student writes; the others are the data's
-    references, or with `seq_kd` the teacher's own responses.
+    `temperature` of both sides. `lmbda` is the share of the prompts the student answers; the others have the
+    data's references, or with `seq_kd` the teacher's own responses.
     """
 
     kind: Literal["gkd"] = "gkd"
