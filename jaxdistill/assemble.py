@@ -18,7 +18,6 @@ from jaxdistill.config import dump
 from jaxdistill.evaluation import Evaluator, References, StudentLogprobs
 from jaxdistill.inputs import Student, read_inputs
 from jaxdistill.loop import Run
-from jaxdistill.losses import Vocabularies, build_objective
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
@@ -31,6 +30,7 @@ from jaxdistill.scoring import Scoring
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import Decoder, read_config
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, TeacherConfig, Teachers, build_all
+from jaxdistill.text import Tokenizer
 
 
 @contextmanager
@@ -45,8 +45,6 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         compiles = CompileCounter()
         stack.callback(compiles.close)
         stopwatch = Stopwatch(lambda: compiles.programs)
-        theirs = () if teachers is None else tuple(one.tokenizer for one in teachers.members.values())
-        objective = build_objective(config.objective, Vocabularies(inputs.tokenizer, theirs))
         folder = stack.enter_context(open_run_folder(config.run.dir, dump(config), config.run.steps))
         write_manifest(folder, config, inputs, teachers)
         schedule = learning_rate(config.optimizer, config.run.steps)
@@ -80,7 +78,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             dir=folder,
             steps=config.run.steps,
             initial=state,
-            train_step=make_train_step(graphdef, objective, optimizer, state, inputs.mesh),
+            train_step=make_train_step(graphdef, inputs.objective, optimizer, state, inputs.mesh),
             learning_rate=lambda step: float(np.asarray(schedule(step))),
             prompts=inputs.prompts,
             policy=policy,
@@ -133,7 +131,7 @@ def plan(config: RunConfig) -> str:
             "---",
             f"student: {count_parameters(inputs.decoder):,} parameters, {inputs.tokenizer.vocab_size} token "
             f"ids, end of turn {inputs.tokenizer.roles['end_of_turn']}",
-            *[teacher_plan(teacher) for teacher in config.all_teachers],
+            *map(teacher_plan, config.all_teachers, inputs.vocabularies.teachers),
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
             f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
@@ -142,9 +140,8 @@ def plan(config: RunConfig) -> str:
     )
 
 
-def teacher_plan(config: TeacherConfig) -> str:
+def teacher_plan(config: TeacherConfig, tokenizer: Tokenizer) -> str:
     """One line on the configured teacher, after reading the files it needs here."""
-    ids = config.load_tokenizer().vocab_size
     match config:
         case EmbeddedConfig():
             where = f"{config.model}, {read_config(Path(config.model)).num_layers} layers"
@@ -152,4 +149,4 @@ def teacher_plan(config: TeacherConfig) -> str:
             where = f"of {config.path} (not read)"
         case _:
             where = f"at {', '.join(config.endpoints)} (not asked)"
-    return f"teacher: {config.name}, {config.kind} {where}, {ids} token ids"
+    return f"teacher: {config.name}, {config.kind} {where}, {tokenizer.vocab_size} token ids"

@@ -38,14 +38,15 @@ def export(run: Path, step: int | None, out: Path) -> int:
     """Write checkpoint `step` (default: the newest) of `run` to `out`; returns the step.
 
     An earlier export at `out` is replaced once the new one is whole. Raises `ConfigError` if `run` is no
-    run folder, has no such checkpoint, or `out` is anything but an export, `CheckpointError` if the
-    checkpoint cannot be read.
+    run folder, has no such checkpoint or chat template, or `out` is anything but an export, `CheckpointError`
+    if the checkpoint cannot be read.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is no run folder: it has no config.yaml")
     if out.exists() and not (out / PROVENANCE).is_file():
         raise ConfigError(f"{out} exists and is no export (no {PROVENANCE}); choose another --out")
     config = load(run / "config.yaml", [], RunConfig)
+    template = _template(config)
     source = Path(config.student.path)
     shape = read_config(source)
     blank = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
@@ -55,14 +56,26 @@ def export(run: Path, step: int | None, out: Path) -> int:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_decoder(nnx.merge(graphdef, params), fresh, source=source)
-    if config.student.chat_template is not None:  # what it learned to read is part of the model
-        shutil.copyfile(config.student.chat_template, fresh / "chat_template.jinja")
+    if template is not None:  # what it learned to read is part of the model
+        (fresh / "chat_template.jinja").write_bytes(template)
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")
     if out.exists():
         out.rename(old)
     fresh.rename(out)
     shutil.rmtree(old, ignore_errors=True)
     return chosen
+
+
+def _template(config: RunConfig) -> bytes | None:
+    """The chat template the run put in the place of the student's own."""
+    path = config.student.chat_template
+    try:
+        return None if path is None else path.expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"student.chat_template={path}: cannot be read ({error.strerror}); the run was made with it, put "
+            "it back, or call this where the run was started"
+        ) from error
 
 
 if __name__ == "__main__":

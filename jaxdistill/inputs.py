@@ -1,4 +1,4 @@
-"""What a run reads: data, student, tokenizer. Loaded and checked before anything is written or asked."""
+"""What a run reads: data, student, tokenizers. Loaded and checked before anything is written or asked."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError
+from jaxdistill.losses import Objective, Vocabularies, build_objective
 from jaxdistill.parallel import make_mesh
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig
@@ -29,23 +30,27 @@ class Student:
 @dataclass(frozen=True)
 class Inputs(Student):
     """What a run reads: the student and the data, loaded and checked; nothing in it has side effects.
-    `heldout_references` are the held-out rows' reference responses, if `eval.references` asks for them."""
+    `heldout_references` are the held-out rows' reference responses, if `eval.references` asks for them;
+    `vocabularies` has the teachers' tokenizers in the config's order."""
 
     prompts: PromptStream
     heldout: list[Prompt]
     heldout_references: list[Rollout]
     references: ReferenceSampler
+    vocabularies: Vocabularies
+    objective: Objective
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Load the data, the student and its tokenizer. Raises `ConfigError` or `DataError`."""
+    """Load the data, the student and the tokenizers, and build the objective. Raises `ConfigError` or
+    `DataError`."""
     rows = read_prompts(config.data.path)
     prompts = PromptStream(rows, config.data, seed=config.run.seed)
     student = read_student(config)
     heldout, heldout_references = read_heldout(config, student.tokenizer)
     # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
     references = ReferenceSampler(student.tokenizer, config.rollout, scored=config.objective.needs_teacher)
-    if config.origins.most("reference") < 1:  # some are answered from the rendered prompt
+    if config.origins.most("student") or config.origins.most("teacher"):  # answered from the prompt alone
         for row in rows:
             render_prompt(student.tokenizer, row, config.rollout)
     if config.origins.most("reference"):
@@ -59,8 +64,18 @@ def read_inputs(config: RunConfig) -> Inputs:
             )
     if config.all_teachers:
         Routes(config.all_teachers, config.run.seed).check(row.source for row in [*rows, *heldout])
+    theirs = tuple(one.load_tokenizer() for one in config.all_teachers)
+    vocabularies = Vocabularies(student.tokenizer, theirs)
     return Inputs(
-        student.tokenizer, student.decoder, student.mesh, prompts, heldout, heldout_references, references
+        tokenizer=student.tokenizer,
+        decoder=student.decoder,
+        mesh=student.mesh,
+        prompts=prompts,
+        heldout=heldout,
+        heldout_references=heldout_references,
+        references=references,
+        vocabularies=vocabularies,
+        objective=build_objective(config.objective, vocabularies),
     )
 
 

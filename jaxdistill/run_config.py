@@ -11,10 +11,11 @@ from jaxdistill.data import DataConfig
 from jaxdistill.evaluation import EvalConfig
 from jaxdistill.losses import ObjectiveConfig
 from jaxdistill.losses.reverse_kl import ReverseKLConfig
+from jaxdistill.losses.sum import SumConfig
 from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig
-from jaxdistill.records import Part
+from jaxdistill.records import ORIGINS, Part
 from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, ServedSettings, TeacherConfig
@@ -91,11 +92,10 @@ class RunConfig(StrictConfig):
                     f"teacher {replayed[0]!r} replays recorded scores and cannot answer prompts; name a live "
                     "teacher, or give rollout.origins.teacher no share"
                 )
-        if self.objective.needs_samples and not self.origins.most("student"):
-            raise ValueError(
-                f"objective.kind={self.objective.kind} learns from the student's own responses, and "
-                "rollout.origins gives the student no share; give it one, or choose gkd or sft"
-            )
+        self.objective.check_origins(
+            {origin: self.origins.most(origin) for origin in ORIGINS},
+            given=self.rollout.origins is not None,
+        )
 
     def _check_teachers(self) -> None:
         if self.teacher is not None and self.teachers:
@@ -110,8 +110,13 @@ class RunConfig(StrictConfig):
         folders = [one.record for one in self.all_teachers if isinstance(one, ServedSettings) and one.record]
         if len(set(folders)) < len(folders):
             raise ValueError("two teachers record into one folder; a folder holds the scores of one teacher")
-        if taken := sorted(set(names) & _METRIC_GROUPS):
-            raise ValueError(f"a teacher cannot be called {taken[0]!r}: metrics have a group of that name")
+        terms = [term.label for term in self.objective.terms] if isinstance(self.objective, SumConfig) else []
+        for what, labels, groups in (
+            ("a teacher", names, _METRIC_GROUPS),
+            ("a term of the sum", terms, _METRIC_GROUPS | set(names)),
+        ):
+            if taken := sorted(set(labels) & groups):
+                raise ValueError(f"{what} cannot be called {taken[0]!r}: metrics have a group of that name")
         if self.objective.needs_teacher and not self.all_teachers:
             raise ValueError(
                 f"objective.kind={self.objective.kind} needs a teacher: section (objective.kind=sft does not)"
@@ -129,6 +134,12 @@ class RunConfig(StrictConfig):
                     f"objective.kind={self.objective.kind} reads {what}, which teacher {lacking[0]!r} is not "
                     f"asked for; set its {key}={value}"
                 )
+        if objective.signal == "exact" and not objective.reads_chunks:
+            raise ValueError(
+                "objective.signal=exact keeps one-to-one chunks alone, but objective.kind="
+                f"{self.objective.kind} reads no chunks here; leave signal out, or name a credit other than "
+                "projected"
+            )
         values = {"objective": objective}
         values |= {"teacher": teachers[0]} if self.teacher is not None else {"teachers": teachers}
         for name, value in values.items():
@@ -136,11 +147,12 @@ class RunConfig(StrictConfig):
         return self
 
     def _with_tokenizer(self, teacher: TeacherConfig) -> TeacherConfig:
-        """A served teacher that names no tokenizer is taken to have the student's; a server whose
+        """A teacher that names no tokenizer is taken to have the student's, with its roles; a server whose
         vocabulary differs is found before the first step."""
         if isinstance(teacher, EmbeddedConfig) or teacher.tokenizer is not None:
             return teacher
-        return teacher.model_copy(update={"tokenizer": self.student.path})
+        student = {"tokenizer": self.student.path, "roles": teacher.roles or self.student.roles}
+        return teacher.model_copy(update=student)
 
     def _check_reward(self) -> None:
         if self.reward is None and self.objective.reads_reward:

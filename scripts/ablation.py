@@ -26,32 +26,30 @@ ACCURACY, REVERSE_KL = "eval/accuracy", "eval/reverse_kl_per_byte"
 TOP_K = ["teacher.top_k=16"]
 
 
-def _credit(name: str, *more: str) -> list[str]:
-    return [f"objective={{kind: reverse_kl, credit: {name}}}", *more]
-
-
-def _dense(settings: str) -> list[str]:
-    return [f"objective={{{settings}}}", *TOP_K]
+def _objective(kind: str, **settings: object) -> list[str]:
+    """Overrides that put another objective in the place of the config's, none of whose settings is kept."""
+    values = {"kind": kind, **settings}
+    return ["objective=null", *(f"objective.{name}={value}" for name, value in values.items())]
 
 
 # Every case differs from the quickstart in these settings alone.
 CASES: Mapping[str, list[str]] = {
-    "reverse_kl, projected": _credit("projected", *TOP_K),
-    "reverse_kl, lookahead": _credit("lookahead"),
-    "reverse_kl, broadcast": _credit("broadcast"),
-    "reverse_kl, uniform": _credit("uniform"),
-    "reverse_kl, proportional": _credit("proportional"),
-    "reverse_kl, exact tokens alone": _credit("broadcast", "objective.signal=exact"),
-    "reverse_kl, exact tokens and the next": _credit("lookahead", "objective.signal=exact"),
-    "gkd, beta 0 (forward KL)": _dense("kind: gkd, beta: 0.0"),
-    "gkd, beta 0.5": _dense("kind: gkd, beta: 0.5"),
-    "gkd, beta 1 (reverse KL)": _dense("kind: gkd, beta: 1.0"),
-    "minillm, projected": _dense("kind: minillm, credit: projected"),
-    "minillm, chunk": ["objective={kind: minillm, credit: chunk}"],
-    "uld": _dense("kind: uld"),
-    "gold": _dense("kind: gold"),
-    "xtoken": _dense("kind: xtoken"),
-    "alm": ["objective={kind: alm}"],
+    "reverse_kl, projected": [*_objective("reverse_kl", credit="projected"), *TOP_K],
+    "reverse_kl, lookahead": _objective("reverse_kl", credit="lookahead"),
+    "reverse_kl, broadcast": _objective("reverse_kl", credit="broadcast"),
+    "reverse_kl, uniform": _objective("reverse_kl", credit="uniform"),
+    "reverse_kl, proportional": _objective("reverse_kl", credit="proportional"),
+    "reverse_kl, exact tokens alone": _objective("reverse_kl", credit="broadcast", signal="exact"),
+    "reverse_kl, exact tokens and the next": _objective("reverse_kl", credit="lookahead", signal="exact"),
+    "gkd, beta 0 (forward KL)": [*_objective("gkd", beta=0.0), *TOP_K],
+    "gkd, beta 0.5": [*_objective("gkd", beta=0.5), *TOP_K],
+    "gkd, beta 1 (reverse KL)": [*_objective("gkd", beta=1.0), *TOP_K],
+    "minillm, projected": [*_objective("minillm", credit="projected"), *TOP_K],
+    "minillm, chunk": _objective("minillm", credit="chunk"),
+    "uld": [*_objective("uld"), *TOP_K],
+    "gold": [*_objective("gold"), *TOP_K],
+    "xtoken": [*_objective("xtoken"), *TOP_K],
+    "alm": _objective("alm"),
 }
 
 

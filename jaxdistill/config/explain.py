@@ -129,6 +129,11 @@ def _tag_sentence(path: KeyPath, detail: ErrorDetails, origins: Origins) -> str:
 
 
 def _expected(detail: ErrorDetails) -> str:
+    context = detail.get("ctx", {})
+    if detail["type"] == "too_short":
+        return f"at least {context['min_length']} of them"
+    if detail["type"] == "too_long":
+        return f"at most {context['max_length']} of them"
     known = _TYPES.get(detail["type"])
     if known:
         return known

@@ -20,6 +20,8 @@ def suggest(model: type[BaseModel], path: KeyPath, data: Any) -> str | None:
     word = str(path[-1])
     beside = [(*path[:-1], name) for owner in owners(model, path[:-1], data) for name in owner.model_fields]
     anywhere = list(_paths(model, ()))
+    # Another member of a union may have this very key at this very place: that says nothing.
+    anywhere = [found for found in anywhere if dotted(found) != dotted(path)]
     for candidates, cutoff in ((beside, 0.8), (anywhere, 1.0), (beside, 0.6), (anywhere, 0.75)):
         names = [str(candidate[-1]) for candidate in candidates]
         close = nearest(word, names, cutoff)

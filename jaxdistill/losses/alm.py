@@ -43,6 +43,10 @@ class ALMConfig(ObjectiveSettings):
     temperature: float = Field(default=100.0, gt=0)
     beta: float = Field(default=0.0, ge=0, le=1)
 
+    @property
+    def reads_chunks(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class ALM(Objective[ALMConfig]):

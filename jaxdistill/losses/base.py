@@ -65,8 +65,8 @@ class ObjectiveSettings(StrictConfig):
         return True
 
     @property
-    def needs_samples(self) -> bool:
-        """It learns from the student's own responses alone."""
+    def reads_chunks(self) -> bool:
+        """Its signal is that of the aligned chunks, among which `signal` chooses."""
         return False
 
     @property
@@ -87,6 +87,10 @@ class ObjectiveSettings(StrictConfig):
     def resolved(self, *, top_k: bool) -> "ObjectiveSettings":
         """Itself with every `auto` decided; `top_k`: all teachers say their most likely next tokens."""
         return self
+
+    def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
+        """Raise `ValueError` if the objective has nothing to learn from where each origin answers at most its
+        share of the prompts; `given`: `rollout.origins` says so, and no setting of the objective may too."""
 
     def check_temperature(self, temperature: float) -> None:
         """Raise `ValueError` if the objective means nothing for rows sampled at `temperature`."""

@@ -36,8 +36,8 @@ class GKDConfig(ObjectiveSettings):
     """Settings of `objective.kind: gkd`.
 
     `beta`: 0 is forward KL (covers the teacher), 1 reverse KL (seeks its modes), between them JSD(beta).
-    `temperature` of both sides. `lmbda` is the share of rows the student writes; the others are the data's
-    references, or with `seq_kd` the teacher's own responses.
+    `temperature` of both sides. `lmbda` is the share of the prompts the student answers; the others have the
+    data's references, or with `seq_kd` the teacher's own responses.
     """
 
     kind: Literal["gkd"] = "gkd"
@@ -57,7 +57,16 @@ class GKDConfig(ObjectiveSettings):
 
     @property
     def origins(self) -> Mapping[Origin, float]:
-        return {"student": self.lmbda, "teacher" if self.seq_kd else "reference": 1.0 - self.lmbda}
+        others: Origin = "teacher" if self.seq_kd else "reference"
+        shares: dict[Origin, float] = {"student": self.lmbda, others: 1.0 - self.lmbda}
+        return {origin: share for origin, share in shares.items() if share}
+
+    def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
+        if given and self.lmbda < 1:
+            raise ValueError(
+                f"lmbda={self.lmbda:g} of gkd and rollout.origins both say who answers the prompts; leave "
+                "one of them out"
+            )
 
     @property
     def needs(self) -> frozenset[Part]:

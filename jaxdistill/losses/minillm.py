@@ -70,6 +70,10 @@ class MiniLLMConfig(PolicyGradientSettings):
         return self.credit == "projected" if self.single_step is None else self.single_step
 
     @property
+    def reads_chunks(self) -> bool:
+        return self.credit == "chunk"
+
+    @property
     def needs(self) -> frozenset[Part]:
         return frozenset({"projection"}) if self.credit == "projected" else frozenset()
 

@@ -9,6 +9,7 @@ Only rows the student wrote take part: others have no behaviour log-probabilitie
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from jaxdistill.losses.base import (
     row_weights,
 )
 from jaxdistill.losses.baseline import Baseline, baseline_values
-from jaxdistill.records import ORIGINS
+from jaxdistill.records import ORIGINS, Origin
 
 
 class PolicyGradientSettings(ObjectiveSettings):
@@ -39,6 +40,7 @@ class PolicyGradientSettings(ObjectiveSettings):
     epsilon; `reward_coefficient` scales the task reward.
     """
 
+    kind: str
     coefficient: float = Field(default=1.0, gt=0)
     clip: float = Field(default=10.0, gt=0)
     normalize: bool = True
@@ -58,12 +60,15 @@ class PolicyGradientSettings(ObjectiveSettings):
         return self
 
     @property
-    def needs_samples(self) -> bool:
-        return True
-
-    @property
     def reads_reward(self) -> bool:
         return self.reward_coefficient > 0
+
+    def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
+        if not shares["student"]:
+            raise ValueError(
+                f"objective {self.kind} learns from the student's own responses, and rollout.origins gives "
+                "the student no share; give it one, or choose gkd or sft"
+            )
 
     def check_temperature(self, temperature: float) -> None:
         if temperature != 1.0 and self.temperature_mismatch == "refuse":

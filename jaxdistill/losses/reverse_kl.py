@@ -34,6 +34,10 @@ class ReverseKLConfig(PolicyGradientSettings):
     credit: Literal["auto", "projected"] | ChunkCredit = "auto"
 
     @property
+    def reads_chunks(self) -> bool:
+        return self.credit not in ("auto", "projected")
+
+    @property
     def needs(self) -> frozenset[Part]:
         return frozenset({"projection"}) if self.credit == "projected" else frozenset()
 

@@ -38,7 +38,7 @@ class TermConfig(StrictConfig):
     objective: SingleConfig
     weight: float = Field(default=1.0, gt=0)
     rows: tuple[Origin, ...] | None = Field(default=None, min_length=1)
-    name: str | None = Field(default=None, min_length=1)
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
     @property
     def label(self) -> str:
@@ -60,10 +60,12 @@ class SumConfig(ObjectiveSettings):
     """Settings of `objective.kind: sum`: its terms. `signal` is of the whole sum."""
 
     kind: Literal["sum"] = "sum"
-    terms: tuple[TermConfig, ...] = Field(min_length=1)
+    terms: tuple[TermConfig, ...]
 
     @model_validator(mode="after")
     def _consistent(self) -> "SumConfig":
+        if not self.terms:
+            raise ValueError("a sum without terms; name at least one")
         labels = [term.label for term in self.terms]
         if len(set(labels)) < len(labels):
             raise ValueError(
@@ -82,8 +84,8 @@ class SumConfig(ObjectiveSettings):
         return any(term.objective.needs_teacher for term in self.terms)
 
     @property
-    def needs_samples(self) -> bool:
-        return any(term.objective.needs_samples for term in self.terms)
+    def reads_chunks(self) -> bool:
+        return any(term.objective.reads_chunks for term in self.terms)
 
     @property
     def reads_reward(self) -> bool:
@@ -109,6 +111,15 @@ class SumConfig(ObjectiveSettings):
             term.model_copy(update={"objective": term.objective.resolved(top_k=top_k)}) for term in self.terms
         )
         return self.model_copy(update={"terms": terms})
+
+    def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
+        for term in self.terms:
+            term.objective.check_origins(shares, given=given)
+            if term.rows is not None and not any(shares[origin] for origin in term.rows):
+                raise ValueError(
+                    f"term {term.label} is kept to rows={list(term.rows)}, none of which has a share in "
+                    "rollout.origins; give one a share, or leave the term out"
+                )
 
     def check_temperature(self, temperature: float) -> None:
         for term in self.terms:

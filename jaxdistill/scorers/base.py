@@ -80,16 +80,16 @@ def load_scorer(name: str) -> Scorer:
         return Scorer(name, *SCORERS[name])
     expected = f"expected one of {', '.join(SCORERS)}, or package.module:function"
     module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
+    if not (module and colon and attribute) or module.startswith("."):
         raise ConfigError(f"scorer {name!r} is unknown; {expected}")
     try:
         function = importlib.import_module(module)
         for part in attribute.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # somebody else's module may raise anything while it is loaded
         raise ConfigError(
-            f"scorer {name!r} cannot be imported ({error}); {expected}, with the module where Python finds "
-            "it (installed, or its folder in PYTHONPATH)"
+            f"scorer {name!r} cannot be imported ({type(error).__name__}: {error}); {expected}, with the "
+            "module where Python finds it (installed, or its folder in PYTHONPATH)"
         ) from error
     if not callable(function):
         raise ConfigError(f"scorer {name!r} is {function!r:.80}, which cannot be called; {expected}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from .conftest import ROOT, environment
 
@@ -103,6 +104,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(train, tmp_path):
     assert not folder.exists()
 
 
+def test_a_dry_run_finds_an_objective_that_cannot_be_built(train, tmp_path):
+    """xtoken needs one teacher vocabulary; the two toy models have different ones."""
+    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    teacher = config.pop("teacher") | {"top_k": 4}
+    other = {"name": "other", "model": "assets/toy/student"}
+    path = tmp_path / "two.yaml"
+    config |= {"objective": {"kind": "xtoken"}, "teachers": [teacher, teacher | other]}
+    path.write_text(yaml.safe_dump(config))
+    result = train(tmp_path / "run", "--dry-run", config=str(path))
+    one_message(result, 2, "the 2 teachers have 2 different ones")
+
+
 def test_export_of_what_is_no_run(tmp_path):
     export = [
         sys.executable,
@@ -113,5 +126,9 @@ def test_export_of_what_is_no_run(tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    result = subprocess.run(export, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    one_message(result, 2, "no run folder")
+    quiet = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "check": False}
+    one_message(subprocess.run(export, **quiet), 2, "no run folder")
+    config = (ROOT / "configs/quickstart.yaml").read_text()
+    student = "student: {path: assets/toy/student"
+    (tmp_path / "config.yaml").write_text(config.replace(student, student + ", chat_template: gone.jinja"))
+    one_message(subprocess.run(export, **quiet), 2, "student.chat_template=gone.jinja: cannot be read")

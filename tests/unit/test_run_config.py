@@ -1,12 +1,128 @@
-"""What hangs on several sections of a run's config, and what is settled from another section."""
+"""What sections of a run's config must agree on, and that disagreement is said before anything is read."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
+from jaxdistill.config import load
+from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.inputs import read_inputs
 from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.run_config import RunConfig
+from scripts import ablation
+
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+TOP_K = ("teacher.top_k=16",)
+
+
+def read(folder: Path, objective: dict[str, Any], *overrides: str, **rollout: Any) -> RunConfig:
+    """The quickstart with another objective and more settings of the rollout."""
+    document = yaml.safe_load(QUICKSTART.read_text())
+    document["objective"] = objective
+    document["rollout"] |= rollout
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return load(path, overrides, RunConfig)
+
+
+def terms(*objectives: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"kind": "sum", "terms": [{"objective": one, **more} for one in objectives]}
+
+
+@pytest.mark.parametrize("case", ablation.CASES)
+def test_every_case_of_the_ablation_is_a_config(case):
+    config = load(QUICKSTART, ablation.CASES[case], RunConfig)
+    assert case.startswith(config.objective.kind)
+
+
+def test_terms_that_want_the_same_rows_need_no_origins(tmp_path):
+    config = read(tmp_path, terms({"kind": "reverse_kl"}, {"kind": "gkd"}, {"kind": "alm"}), *TOP_K)
+    assert config.origins.student == 1.0
+    with pytest.raises(ConfigError, match="want different rows"):
+        read(tmp_path, terms({"kind": "reverse_kl"}, {"kind": "gkd", "lmbda": 0.5}), *TOP_K)
+
+
+@pytest.mark.parametrize("settings", [{"lmbda": 0.5}, {"lmbda": 0.0, "seq_kd": True}])
+def test_lmbda_and_origins_do_not_both_say_who_answers(tmp_path, settings):
+    with pytest.raises(ConfigError, match=f"lmbda={settings['lmbda']:g} of gkd and rollout.origins both"):
+        read(tmp_path, {"kind": "gkd", **settings}, *TOP_K, origins={"student": 1.0})
+    config = read(tmp_path, {"kind": "gkd"}, *TOP_K, origins={"reference": 1.0})
+    assert config.origins.reference == 1.0
+
+
+def test_an_objective_that_would_have_no_rows_is_refused(tmp_path):
+    references = {"reference": 1.0}
+    for objective in ({"kind": "reverse_kl"}, terms({"kind": "sft"}, {"kind": "minillm"})):
+        with pytest.raises(ConfigError, match="the student no share"):
+            read(tmp_path, objective, origins=references)
+    with pytest.raises(ConfigError, match=r"term sft is kept to rows=\['teacher'\]"):
+        read(tmp_path, terms({"kind": "sft"}, rows=["teacher"]), origins=references)
+    assert read(tmp_path, terms({"kind": "sft"}, rows=["reference"]), origins=references)
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides"),
+    [
+        ({"kind": "reverse_kl", "signal": "exact", "credit": "projected"}, TOP_K),
+        ({"kind": "minillm", "signal": "exact", "credit": "projected"}, TOP_K),
+        ({"kind": "gkd", "signal": "exact"}, TOP_K),
+        ({"kind": "sft", "signal": "exact"}, ()),
+    ],
+)
+def test_a_choice_of_chunks_that_nothing_reads_is_refused(tmp_path, objective, overrides):
+    with pytest.raises(ConfigError, match="signal=exact keeps one-to-one chunks alone"):
+        read(tmp_path, objective, *overrides)
+    for kind in ("reverse_kl", "minillm", "alm"):  # without top-k they read chunks
+        assert read(tmp_path, {"kind": kind, "signal": "exact"}).objective.signal == "exact"
+
+
+@pytest.mark.parametrize("name", ["eval", "seconds", "references", "teacher"])
+def test_a_term_is_not_called_what_metrics_are_already_called(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"a term of the sum cannot be called '{name}'"):
+        read(tmp_path, terms({"kind": "reverse_kl"}, name=name))
+
+
+def test_one_wrong_term_is_one_finding(tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        read(tmp_path, terms({"kind": "reverse_kl"}, weight=-1))
+    assert "terms.0.weight" in str(refused.value) and "at least" not in str(refused.value)
+    with pytest.raises(ConfigError, match="a sum without terms"):
+        read(tmp_path, terms())
+
+
+def test_a_key_of_another_objective_is_not_its_own_correction(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown key 'objective\.lmbda'$"):
+        read(tmp_path, {"kind": "reverse_kl", "lmbda": 0.5})
+
+
+def test_prompts_are_read_beforehand_where_only_later_steps_answer_them(tmp_path):
+    """All references at the first step, all samples at the last: a prompt too long is found now."""
+    data = tmp_path / "data.jsonl"
+    row = {"messages": [{"role": "user", "content": "one two three " * 8}], "response": "4"}
+    data.write_text((json.dumps(row) + "\n") * 2)
+    shares = {"reference": [1.0, 0.0], "student": [0.0, 1.0]}
+    small = (f"data.path={data}", "data.prompts_per_step=2", "eval.path=null", "rollout.max_new_tokens=128")
+    with pytest.raises(DataError, match=r"data row 0: the prompt has"):
+        read_inputs(read(tmp_path, {"kind": "gkd"}, *TOP_K, *small, origins=shares))
+    read_inputs(read(tmp_path, {"kind": "gkd"}, *TOP_K, *small, origins={"reference": 1.0}))
+
+
+def test_a_teacher_without_a_tokenizer_has_the_students_with_its_roles(tmp_path):
+    roles = {"end_of_turn": "</turn>"}
+    document = yaml.safe_load(QUICKSTART.read_text())
+    document["student"]["roles"] = roles
+    document["teacher"] = {"kind": "sglang", "endpoint": "http://127.0.0.1:1"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    (teacher,) = load(path, [], RunConfig).all_teachers
+    assert (teacher.tokenizer, teacher.roles) == (document["student"]["path"], roles)
+    own = load(path, ["teacher.tokenizer=assets/toy/teacher"], RunConfig).all_teachers[0]
+    assert (own.tokenizer, own.roles) == ("assets/toy/teacher", {})
+
 
 TEACHER = {"kind": "sglang", "endpoint": "http://127.0.0.1:30000", "tokenizer": "t"}
 

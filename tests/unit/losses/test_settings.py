@@ -90,6 +90,7 @@ def test_a_sum_asks_for_what_its_terms_ask_for():
     config = SumConfig(terms=terms).resolved(top_k=True)
     assert config.needs == {"projection", "end"}
     assert config.needs_teacher and config.needs_samples
+    assert config.reads_chunks is False
     with pytest.raises(ValueError, match="temperature"):
         config.check_temperature(0.7)
     off = SumConfig(terms=(TermConfig(objective=SFTConfig()),))

@@ -140,6 +140,7 @@ def first_word(response: str, row: Prompt) -> float:
 def test_any_function_by_its_place(tmp_path, monkeypatch):
     code = "class Sums:\n  @staticmethod\n  def half(response, prompt): return 0.5\nx = 3\n"
     (tmp_path / "mine_scorers.py").write_text(code)
+    (tmp_path / "broken_scorers.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert Settings(scorer="mine_scorers:Sums.half").scorer == "mine_scorers:Sums.half"
     scorer = load_scorer("mine_scorers:Sums.half")
@@ -150,6 +151,8 @@ def test_any_function_by_its_place(tmp_path, monkeypatch):
         ("mine_scorers:x", "is 3, which cannot be called"),
         ("numerik", "'numerik' is unknown; expected one of exact, final_line, numeric, reasoning_gym, or"),
         ("mine_scorers:", "is unknown"),
+        (".mine_scorers:x", "is unknown"),
+        ("broken_scorers:f", "cannot be imported.*ZeroDivisionError"),
     ):
         with pytest.raises(ValueError, match=says):
             Settings(scorer=name)
