@@ -44,7 +44,8 @@ def to(*servers: FaultServer | str, policy: Policy = QUICK, **more: Any) -> Iter
 
 def bodies(count: int, length: int = 4) -> list[Any]:
     """Requests of one row each, no two alike."""
-    return [{"input_ids": [[number, *range(1, length)]], "logprob_start_len": [0]} for number in range(count)]
+    scoring = {"logprob_start_len": [0], "sampling_params": {"max_new_tokens": 0}}
+    return [{"input_ids": [[number, *range(1, length)]], **scoring} for number in range(count)]
 
 
 def score(transport: Transport, asked: Sequence[Any], largest: int = 100_000) -> list[Reply]:

@@ -60,9 +60,10 @@ def test_two_teachers_one_of_them_of_the_student_s_own_vocabulary(tmp_path: Path
 
 def test_a_replayed_run_has_the_recorded_run_s_losses(tmp_path: Path) -> None:
     scores = tmp_path / "scores"
-    recorded = CROSS | {"record": str(scores), "top_k": 3, "end_logprobs": True}
-    run(tmp_path, "live", {"teacher": recorded})
+    asked = {"top_k": 3, "end_logprobs": True}  # and so the credit is projected
+    run(tmp_path, "live", {"teacher": CROSS | asked | {"record": str(scores)}})
     replay = {"kind": "replay", "path": str(scores), "tokenizer": "assets/toy/teacher", "name": "cross"}
+    replay |= asked
     run(tmp_path, "again", {"teacher": replay})
     live, again = rows(tmp_path / "live"), rows(tmp_path / "again")
     assert [row["loss"] for row in live] == [row["loss"] for row in again] and len(live) == 3

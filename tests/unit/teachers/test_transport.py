@@ -220,6 +220,7 @@ def test_an_empty_reply_is_no_json() -> None:
 
 def test_a_large_request_is_sent_whole() -> None:
     body = {"input_ids": [list(range(10_000, 500_000))], "logprob_start_len": [489_990]}
+    body |= {"sampling_params": {"max_new_tokens": 0}}
     with FaultServer() as server, to(server) as transport:
         (reply,) = score(transport, [body])
         assert server.bodies == [body] and len(orjson.dumps(body)) > 2**21
