@@ -45,10 +45,11 @@ class Schedule:
         that its mean is P*s, and the prompts are drawn without replacement.
         """
         shares = self.shares.at(step, self.steps)
-        edges = accumulate(share * self.prompts for share in shares.values())
+        # The last is P, whatever the shares' sum is off by: no prompt is left over.
+        edges = list(accumulate(share * self.prompts for share in shares.values()))[:-1]
         # Few enough digits that rounding gives nobody a prompt.
         point = int.from_bytes(self._hash(step)[:4]) / 2**32
-        cuts = [0, *(math.floor(round(edge, 9) + point) for edge in edges)]
+        cuts = [0, *(math.floor(round(edge, 9) + point) for edge in edges), self.prompts]
         drawn = sorted(range(self.prompts), key=lambda place: self._hash(step, place))
         chosen: list[Origin] = ["student"] * self.prompts
         for origin, (start, stop) in zip(shares, pairwise(cuts), strict=True):

@@ -174,7 +174,10 @@ class SGLangTeacher:
             ids = self.tokenizer.render(
                 prompt.messages, tools=prompt.tools, template_kwargs=self.settings.template_kwargs
             )
-            rows.append(writing_row(number, ids, max_new_tokens, seed, longest=longest, vocab_size=size))
+            try:
+                rows.append(writing_row(number, ids, max_new_tokens, seed, longest=longest, vocab_size=size))
+            except TeacherContractError as error:  # the row of the data, which is what can be changed
+                raise TeacherContractError(f"{prompt.source} row {prompt.index}: {error}") from error
         groups = group_rows(rows, max(1, self.settings.max_tokens_per_request - len(canary)))
         stops = sorted(self.tokenizer.stop_ids)
         replies = self._transport.post_all(

@@ -165,3 +165,10 @@ def test_an_origin_without_a_sampler_and_another_number_of_prompts_are_refused()
     )
     with pytest.raises(ValueError, match="got 1 prompts, expected a step's 2"):
         sampler.sample([Prompt([{"role": "user", "content": "?"}], 0, "t")], 0)
+
+
+def test_shares_a_hair_off_one_leave_no_prompt_to_an_origin_without_a_share():
+    shares = OriginsConfig(reference=0.3333334, teacher=0.6666658)
+    schedule = Schedule(shares, prompts=1024, samples=4, steps=40_000, seed=0)
+    # Of these steps the one whose draw is the smallest, and so reaches least far.
+    assert "student" not in schedule.choose(20_015)

@@ -146,6 +146,14 @@ def test_a_row_that_would_end_the_server_is_not_sent_and_a_long_prompt_writes_le
             writing_row(3, prompt, 9, 1, longest=longest, vocab_size=size)
 
 
+def test_a_prompt_without_room_is_named_by_its_row_in_the_data(tokenizer: Tokenizer) -> None:
+    long = Prompt([{"role": "user", "content": "Why? " * 200}], 17, "poems")
+    with asked(tokenizer, context_length=100) as (server, teacher):
+        with pytest.raises(TeacherContractError, match="poems row 17: row 1: got a prompt of"):
+            teacher.generate([PROMPTS[0], long], SEEDS[:2], max_new_tokens=8, temperature=1.0)
+        assert not server.bodies
+
+
 def test_the_embedded_teacher_writes_what_its_decoder_would(tiny_model: Path, tokenizer: Tokenizer) -> None:
     """Greedy: each token is the most likely one; sampled: the seed's, the same in any company."""
     import jax.numpy as jnp
