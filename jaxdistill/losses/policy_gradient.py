@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.losses.base import (
@@ -48,16 +48,6 @@ class PolicyGradientSettings(ObjectiveSettings):
     ratio_clip: float = Field(default=0.2, gt=0)
     reward_coefficient: float = Field(default=0.0, ge=0)
     temperature_mismatch: Literal["refuse", "allow"] = "refuse"
-    credit: str = "auto"
-
-    @model_validator(mode="after")
-    def _chunks_for_exact(self) -> "PolicyGradientSettings":
-        if self.signal == "exact" and self.credit == "projected":
-            raise ValueError(
-                "signal=exact keeps one-to-one chunks, but credit=projected does not read chunks: it has the "
-                "teacher's probability of every token; leave signal out, or name a credit on chunks"
-            )
-        return self
 
     @property
     def reads_reward(self) -> bool:
