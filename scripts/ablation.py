@@ -1,17 +1,20 @@
 """Objectives, signals and credits side by side on the toy pair: equal budget, three seeds, one picture.
 
-    python scripts/ablation.py run [--out runs/ablation] [--seeds 0 1 2] [CASE ...]
+    python scripts/ablation.py run [--out runs/ablation] [--seeds 0 1 2] [--jobs 1] [CASE ...]
     python scripts/ablation.py report [--out runs/ablation] [--svg docs/images/ablation.svg]
 
-`run` trains every case (or those named) by the quickstart's config, one after the other, and may be
+`run` trains every case (or those named) by the quickstart's config, `--jobs` at a time, and may be
 stopped and started again: a run that is done is not made again. `report` reads the runs that are there.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -50,6 +53,13 @@ CASES: Mapping[str, list[str]] = {
     "gold": [*_objective("gold"), *TOP_K],
     "xtoken": [*_objective("xtoken"), *TOP_K],
     "alm": _objective("alm"),
+    "gkd, beta 0.5, and the end of turn": [
+        "objective=null",
+        "objective.kind=sum",
+        "objective.terms=[{objective: {kind: gkd}}, {objective: {kind: end_of_turn}, weight: 0.1}]",
+        "teacher.end_logprobs=true",
+        *TOP_K,
+    ],
 }
 
 
@@ -69,19 +79,36 @@ def is_done(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file() and last_evaluation(read_run(folder)) == STEPS
 
 
-def train(out: Path, cases: Sequence[str], seeds: Sequence[int]) -> None:
-    """Make the runs that are missing. Raises DataError for one that fails, with the command."""
-    for seed in seeds:
-        for case in cases:
-            folder = folder_of(out, case, seed)
-            if is_done(folder):
-                continue
-            print(f"{case}, seed {seed}", flush=True)
-            command = [sys.executable, "-m", "jaxdistill.train", "--config", str(CONFIG), f"run.dir={folder}"]
-            command += [f"run.seed={seed}", f"run.steps={STEPS}", "run.tensorboard=false", *CASES[case]]
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-            if done.returncode:
-                raise DataError(f"exit code {done.returncode} from: {' '.join(command)}")
+def train(out: Path, case: str, seed: int) -> None:
+    """Make one run, on the calling thread's processors. Raises DataError if it fails, with the command."""
+    folder = folder_of(out, case, seed)
+    if is_done(folder):
+        return
+    print(f"{case}, seed {seed}", flush=True)
+    command = [sys.executable, "-m", "jaxdistill.train", "--config", str(CONFIG), f"run.dir={folder}"]
+    command += [f"run.seed={seed}", f"run.steps={STEPS}", "run.tensorboard=false", *CASES[case]]
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise DataError(f"exit code {code} from: {' '.join(command)}")
+
+
+def train_all(out: Path, cases: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+    """Make the runs that are missing, `jobs` at a time, each on its share of the processors: a run and its
+    teacher then stay out of the others' way, and all are timed alike. Raises DataError."""
+    processors = sorted(os.sched_getaffinity(0))
+    if not 1 <= jobs <= len(processors):
+        raise DataError(f"got --jobs {jobs}, expected 1 to {len(processors)}, the processors here")
+    shares: SimpleQueue[list[int]] = SimpleQueue()
+    for job in range(jobs):
+        shares.put(processors[job::jobs])
+    # A process inherits the processors of the thread that starts it.
+    with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
+        runs = [pool.submit(train, out, case, seed) for seed in seeds for case in cases]
+        try:
+            for run in runs:
+                run.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def read_cases(out: Path) -> dict[str, list[RunData]]:
@@ -148,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for one in (run, report):
         one.add_argument("--out", type=Path, default=Path("runs/ablation"), metavar="DIR")
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each on its share of the processors"
+    )
     run.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {'; '.join(CASES)}")
     report.add_argument("--svg", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
@@ -155,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "run":
             if unknown := sorted(set(arguments.cases) - set(CASES)):
                 raise DataError(f"got the case {unknown[0]!r}, expected one of: {'; '.join(CASES)}")
-            train(arguments.out, arguments.cases or list(CASES), arguments.seeds)
+            train_all(arguments.out, arguments.cases or list(CASES), arguments.seeds, arguments.jobs)
         else:
             runs = read_cases(arguments.out)
             if arguments.svg is not None:

@@ -31,13 +31,16 @@ from jaxdistill.losses.base import (
 from jaxdistill.losses.baseline import Baseline, baseline_values
 from jaxdistill.records import ORIGINS, Origin
 
+NORM_FLOOR = 1e-2
+"""Nats: advantages whose root mean square is far below it are not blown up to 1."""
+
 
 class PolicyGradientSettings(ObjectiveSettings):
     """Settings of every policy gradient.
 
     `clip` bounds a difference of log-probabilities in nats; `baseline` (see `baseline_values`) is subtracted
-    first; `normalize` divides the advantages by their root mean square over the batch; `ratio_clip` is PPO's
-    epsilon; `reward_coefficient` scales the task reward.
+    first; `normalize` divides the advantages by their root mean square over the batch (and `NORM_FLOOR`);
+    `ratio_clip` is PPO's epsilon; `reward_coefficient` scales the task reward.
     """
 
     kind: str
@@ -94,7 +97,8 @@ def surrogate_targets(
     metrics = {"advantage_mean": Mean(mean, signal_weight), "advantage_square": Mean(square, signal_weight)}
     if config.normalize:
         safe = jnp.where(signal_weight > 0, signal_weight, 1.0)
-        advantage = advantage / jnp.sqrt(square / safe + 1e-8)
+        # The floor keeps a student that has become its teacher from being trained on rounding noise.
+        advantage = advantage / jnp.sqrt(square / safe + NORM_FLOOR**2)
     advantage = jnp.where(signal, config.coefficient * advantage, 0.0)
     if config.reward_coefficient:
         advantage += config.reward_coefficient * batch.reward[:, None]
