@@ -53,7 +53,7 @@ CASES: Mapping[str, list[str]] = {
     "gold": [*_objective("gold"), *TOP_K],
     "xtoken": [*_objective("xtoken"), *TOP_K],
     "alm": _objective("alm"),
-    "gkd, beta 0.5, and the end of turn": [
+    "sum of gkd, beta 0.5, and end_of_turn": [
         "objective=null",
         "objective.kind=sum",
         "objective.terms=[{objective: {kind: gkd}}, {objective: {kind: end_of_turn}, weight: 0.1}]",
