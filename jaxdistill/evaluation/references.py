@@ -20,7 +20,7 @@ from jaxdistill.losses.base import predicted
 from jaxdistill.losses.head import row_statistics
 from jaxdistill.packing import pack
 from jaxdistill.parallel.rules import padded_rows, place_batch
-from jaxdistill.records import Rollout
+from jaxdistill.records import Rollout, TokenSpans
 from jaxdistill.scoring import Scored, Scoring, response_kl
 from jaxdistill.students import Decoder
 
@@ -85,23 +85,34 @@ class References:
 def reference_figures(rollouts: Sequence[Rollout], scored: Scored | None) -> dict[str, Mean]:
     """Figures of references whose `logprobs` are the student's; `scored` are the same rollouts.
 
-    - `student_bits_per_byte`: -log2 p_S of whole responses, end of turn included, over their bytes.
-    - `teacher_bits_per_byte`: the same of the teacher's own tokens, over what it has scored.
+    - `student_bits_per_byte`: -log2 p_S of the text of responses, over their bytes. Ends of turn are not in
+      it: a figure of texts is the same whether or not a model has learned when to stop.
+    - `student_end_logprob`: log p_S of the end of turn behind a reference, nats, mean over references.
+    - `teacher_bits_per_byte`, `teacher_end_logprob`: the same of the teacher's own tokens, over what it has
+      scored.
     - `cross_entropy_gap_per_byte`: log p_T - log p_S in nats over the aligned tokens, per aligned byte. Where
       the teacher wrote the references it is the sampled value of the forward KL(p_T || p_S) per byte, and of
       nothing else where it did not: there it says by how much the teacher predicts them better.
     """
-    bits = sum(-float(r.logprobs.sum(dtype=np.float64)) for r in rollouts) / math.log(2)
-    figures = {"student_bits_per_byte": Mean(bits, float(sum(len(r.response.data) for r in rollouts)))}
+    figures = _figures_of("student", [(r.response, r.logprobs) for r in rollouts])
     if scored is None:
         return figures
-    bits = size = gap = aligned = 0.0
+    gap = aligned = 0.0
     for rollout, s, a in zip(scored.rollouts, scored.scores, scored.alignments, strict=True):
-        bits -= float(s.logprobs.sum(dtype=np.float64)) / math.log(2)
-        size += len(s.response.data)
         gap -= response_kl(rollout, s, a)
         aligned += a.coverage * len(rollout.response.data) if s.unscored is None else 0.0
-    return figures | {
-        "teacher_bits_per_byte": Mean(bits, size),
-        "cross_entropy_gap_per_byte": Mean(gap, aligned),
-    }
+    figures |= _figures_of("teacher", [(s.response, s.logprobs) for s in scored.scores])
+    return figures | {"cross_entropy_gap_per_byte": Mean(gap, aligned)}
+
+
+def _figures_of(side: str, responses: Sequence[tuple[TokenSpans, np.ndarray]]) -> dict[str, Mean]:
+    """Bits per byte of the text and log-probability of the ends, from tokens and their log-probabilities in
+    nats (float32, one per token). Without a single end the second is left out."""
+    nats = sum(float(logprobs[spans.roles == 0].sum(dtype=np.float64)) for spans, logprobs in responses)
+    size = sum(len(spans.data) for spans, _ in responses)
+    figures = {f"{side}_bits_per_byte": Mean(-nats / math.log(2), float(size))}
+    ends = sum(int(np.count_nonzero(spans.roles)) for spans, _ in responses)
+    if ends:
+        nats = sum(float(logprobs[spans.roles != 0].sum(dtype=np.float64)) for spans, logprobs in responses)
+        figures[f"{side}_end_logprob"] = Mean(nats, float(ends))
+    return figures

@@ -47,12 +47,16 @@ def test_references_are_measured_on_schedule(measured):
     table = rows(measured)
     assert all(row["recompiles"] == 0 for row in table[:-1])
     first, last = logged(measured, 0), logged(measured, 4)
+    lines = (measured.parent / "heldout.jsonl").read_text().splitlines()[:6]
+    bytes_per_reference = np.mean([len(json.loads(line)["response"].encode()) for line in lines])
     ours = ["student_bits_per_byte", "teacher_bits_per_byte", "cross_entropy_gap_per_byte"]
     for figures in (first, last):
         assert np.isfinite([figures[f"references/{name}"] for name in ours]).all()
         # Every byte of these texts aligns, so that the gap is the difference of the two.
-        gap = figures["references/student_bits_per_byte"] - figures["references/teacher_bits_per_byte"]
-        assert figures["references/cross_entropy_gap_per_byte"] == pytest.approx(gap * np.log(2), abs=1e-5)
+        bits = figures["references/student_bits_per_byte"] - figures["references/teacher_bits_per_byte"]
+        end = figures["references/teacher_end_logprob"] - figures["references/student_end_logprob"]
+        gap = bits * np.log(2) + end / bytes_per_reference
+        assert figures["references/cross_entropy_gap_per_byte"] == pytest.approx(gap, abs=1e-5)
         assert figures["teacher_logprob_per_byte"] < 0
     assert first["references/teacher_bits_per_byte"] == last["references/teacher_bits_per_byte"]
     assert first["references/student_bits_per_byte"] != last["references/student_bits_per_byte"]

@@ -78,12 +78,21 @@ def test_bits_and_the_gap_by_hand():
         [one, two], [teacher([b"10", b" eggs", 1], [-0.5, -0.25, -0.25]), teacher([b"yes", 1], [-1, 0])]
     )
     values = {name: mean.value for name, mean in reference_figures([one, two], pair).items()}
-    assert values["student_bits_per_byte"] == pytest.approx(4.0 / np.log(2) / 10)
-    assert values["teacher_bits_per_byte"] == pytest.approx(2.0 / np.log(2) / 10)
+    assert values["student_bits_per_byte"] == pytest.approx(2.6 / np.log(2) / 10)
+    assert values["student_end_logprob"] == pytest.approx(-1.4 / 2)
+    assert values["teacher_bits_per_byte"] == pytest.approx(1.75 / np.log(2) / 10)
+    assert values["teacher_end_logprob"] == pytest.approx(-0.25 / 2)
     assert values["cross_entropy_gap_per_byte"] == pytest.approx((-2.0 + 4.0) / 10)
     alone = reference_figures([one, two], None)
     assert {name: mean.value for name, mean in alone.items()} == {
-        "student_bits_per_byte": values["student_bits_per_byte"]
+        name: values[name] for name in ("student_bits_per_byte", "student_end_logprob")
+    }
+
+
+def test_references_without_an_end_of_turn_have_no_figure_for_it():
+    values = reference_figures([rollout([b"yes"], [-2.0])], None)
+    assert {name: mean.value for name, mean in values.items()} == {
+        "student_bits_per_byte": pytest.approx(2.0 / np.log(2) / 3)
     }
 
 
@@ -106,7 +115,7 @@ def test_what_the_teacher_did_not_score_is_in_neither_its_bits_nor_the_gap():
     expected, values = reference_figures([one], whole), reference_figures([one, lost], with_lost)
     for name in ("teacher_bits_per_byte", "cross_entropy_gap_per_byte"):
         assert values[name] == expected[name]
-    assert values["student_bits_per_byte"].value == pytest.approx(21 / np.log(2) / 5)
+    assert values["student_bits_per_byte"].value == pytest.approx(11 / np.log(2) / 5)
 
 
 class FixedStudent(StudentLogprobs):
