@@ -17,7 +17,7 @@ quickstart: venv
 	$(PYTHON_IN_VENV) -m jaxdistill.train --config configs/quickstart.yaml $(ARGS)
 
 test: venv
-	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv
 	.venv/bin/ruff check
