@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxdistill.batch import Batch, Mean
-from jaxdistill.losses.base import learning, masked_sum, predicted, required, row_weights
+from jaxdistill.losses.base import learning, masked_sum, required, row_weights
 
 # A tail never has less: one minus a float32 sum near one is not known any better. A teacher whose list sums
 # to one thus charges at most 16 nats for what it did not list, not infinity.
@@ -137,22 +137,6 @@ def sorted_distance(
     top = jnp.where(ranked > 0, top, 0.0)
     below = (teacher_mass - jnp.sum(ranked, axis=-1)) - (student_mass - jnp.sum(top, axis=-1))
     return jnp.sum(jnp.abs(ranked - top), axis=-1) + jnp.abs(below)
-
-
-def shared_targets(batch: Batch) -> tuple[dict[str, Array], Float32[Array, ""]]:
-    """The teacher's own top-k at shared states in the order of the head's positions, and the states'
-    weight."""
-    shared = required(batch.shared, "shared")
-    mask, weight = shared.mask & learning(batch), row_weights(batch)
-    ids, logprobs = listed(shared.ids, shared.logprobs, mask)
-    targets = {
-        "mask": mask,
-        "weight": weight,
-        "ids": ids,
-        "logprobs": logprobs,
-        "student_ids": jnp.where(ids >= 0, shared.student_ids, -1),
-    }
-    return {name: predicted(x) for name, x in targets.items()}, masked_sum(weight, mask)
 
 
 def projection_metrics(batch: Batch) -> dict[str, Mean]:
