@@ -141,15 +141,16 @@ def sorted_distance(
 
 def projection_metrics(batch: Batch) -> dict[str, Mean]:
     """What the projection knows, over response tokens: `projected_fraction` have a state with a projection;
-    of those `floored_fraction` were sampled where nothing seen leads, and `unseen_mass` is in the tail."""
+    of those `floored_fraction` were sampled where nothing seen leads, and `unlisted_mass` is the mean mass of
+    the tail: of all tokens that are not listed, whether the teacher proposed them or not."""
     projection = required(batch.projection, "projection")
     response, weight = learning(batch), row_weights(batch)
     known = response & projection.mask
     _, logprobs = listed(projection.ids, projection.logprobs, known)
-    unseen = jnp.maximum(1 - jnp.sum(jnp.exp(logprobs), axis=-1), 0.0)
+    unlisted = jnp.maximum(1 - jnp.sum(jnp.exp(logprobs), axis=-1), 0.0)
     everything, present = masked_sum(weight, response), masked_sum(weight, known)
     return {
         "projected_fraction": Mean(present, everything),
         "floored_fraction": Mean(masked_sum(weight * projection.floored, known), present),
-        "unseen_mass": Mean(masked_sum(weight * unseen, known), present),
+        "unlisted_mass": Mean(masked_sum(weight * unlisted, known), present),
     }
