@@ -3,8 +3,9 @@
 At a student border e with history h, the probability that the teacher writes a string whose student
 segmentation begins with h is M(h) = V(e) * kappa(e): V(e) that its string begins with the bytes up to e,
 kappa(e) that what follows then keeps a student boundary at e. `proposals` says how far each token the teacher
-proposes agrees with the response, `cuts` whether the student cuts at a border given what follows, `masses`
-sums both over the teacher's top-k, and `segmentation` holds each teacher token as the student would cut it.
+proposes agrees with the response, `terms` which student borders it reaches, `cuts` whether the student
+cuts at a border given what follows, `masses` sums the terms with that, and `segmentation` holds each teacher
+token as the student would cut it.
 `distribution` puts them together: `Projector` gives the teacher's next-token distribution in student tokens.
 """
 
