@@ -61,9 +61,11 @@ class Borders:
     log p(token r | history) = log_m[after[r]] - log_m[before[r]]. `log_v` and `log_m` count what the top-k
     show. `guessed` is the share of M that rests on what is not known to follow (see above). Of next-token
     probability at the position whose token holds the border, `unseen` is the share beyond the top-k and
-    `shorter` that of other tokens that agree and end before the border; `next_unseen` is the share beyond the
-    top-k at the position behind it, whose tokens decide what follows (NaN behind the last). `log_m` is -inf
-    where nothing seen keeps the student's boundary: then V(e) * unseen is all that is left.
+    `shorter` that of other tokens that agree and end before the border. `log_m` is -inf where nothing seen
+    keeps the student's boundary: then V(e) * unseen is all that is left.
+
+    No run reads `guessed` and `shorter`. They say by how much M can be wrong, and the tests hold M to that in
+    worlds where it can be counted.
     """
 
     before: Int32[np.ndarray, " R"]
@@ -72,7 +74,6 @@ class Borders:
     log_m: Float64[np.ndarray, " E"]
     unseen: Float64[np.ndarray, " E"]
     shorter: Float64[np.ndarray, " E"]
-    next_unseen: Float64[np.ndarray, " E"]
     guessed: Float64[np.ndarray, " E"]
 
 
@@ -121,7 +122,6 @@ def masses_of(ground: Ground, cuts: Cuts) -> Borders:
     log_v[start], log_m[start], least[start], most[start] = 0.0, 0.0, 0.0, 0.0
     known = np.exp(np.where(np.isfinite(most), least - np.where(np.isfinite(most), most, 0.0), 0.0))
     holder = np.searchsorted(response.starts, places.offsets) - 1
-    behind = np.append(proposals.unseen, np.nan)[holder + 1]
     return Borders(
         places.before,
         places.after,
@@ -129,7 +129,6 @@ def masses_of(ground: Ground, cuts: Cuts) -> Borders:
         log_m,
         np.where(start, 0.0, np.append(proposals.unseen, 0.0)[holder]),
         _shorter(places, vocabulary, response, proposals, ground.agreed, holder),
-        behind,
         np.clip(1.0 - known, 0.0, 1.0),
     )
 

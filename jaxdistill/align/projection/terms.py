@@ -168,7 +168,7 @@ def read_ground(
     proposals = _with_sampled(scores, cuts.end_of_turn)
     response = symbols_of(scores.response)
     places = _places(student, response, alignment, cuts)
-    agreed = agree(vocabulary, proposals.ids, response).agreed
+    agreed = agree(vocabulary, proposals.ids, response)
     path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
     terms = _terms(places, response, proposals, agreed, path[:-1, None] + proposals.logprobs)
     return Ground(student, vocabulary, response, places, proposals, agreed, path, terms)
