@@ -40,7 +40,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
     with ExitStack() as stack:
         teachers: Teachers | None = None
         if config.all_teachers:
-            teachers = build_all(config.all_teachers, seed=config.run.seed)
+            teachers = build_all(config.all_teachers, inputs.vocabularies.teachers, seed=config.run.seed)
             stack.callback(teachers.close)
         compiles = CompileCounter()
         stack.callback(compiles.close)

@@ -70,7 +70,7 @@ def examine_teacher(settings: TeacherConfig, student: Side, prompts: int) -> Non
     begin = time.perf_counter()
     # Its questions are no part of a recording.
     live = settings.model_copy(update={"record": None}) if isinstance(settings, ServedSettings) else settings
-    teacher = build(live)
+    teacher = build(live, side.tokenizer)
     try:
         say([f"  answers, checked in {time.perf_counter() - begin:.1f} s", *_identity_lines(teacher)])
         if not isinstance(settings, ReplayConfig):

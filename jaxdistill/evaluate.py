@@ -116,7 +116,7 @@ def build_teachers(config: RunConfig, heldout: Sequence[Prompt]) -> Teachers | N
     # A teacher for sources that are only trained on is no mistake here.
     named = [source for one in settings for source in one.sources]
     Routes(settings, config.run.seed).check([*named, *(row.source for row in heldout)])
-    return build_all(settings, seed=config.run.seed)
+    return build_all(settings, [one.load_tokenizer() for one in settings], seed=config.run.seed)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -116,7 +116,8 @@ def distillation_metrics(scored: Scored, teachers: Sequence[str] = ()) -> dict[s
 
 
 def unscored_rows(scored: Scored) -> list[dict[str, Any]]:
-    """What quarantine.jsonl keeps of each response that got no scores: whose it is, and why."""
+    """What quarantine.jsonl keeps of each response that got no scores: whose prompt it answers, who wrote
+    it, and why."""
     return [
         {
             "teacher": s.teacher,
@@ -124,6 +125,7 @@ def unscored_rows(scored: Scored) -> list[dict[str, Any]]:
             "detail": s.unscored.detail,
             "source": r.prompt.source,
             "index": r.prompt.index,
+            "origin": r.origin,
             # A row that is merely long comes again every epoch; what it holds is in the data.
             **({} if s.unscored.kind == "too_long" else _content(r)),
         }

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxdistill.batch import Batch, Mean
-from jaxdistill.losses.base import learning, masked_sum, predicted, required, row_weights
+from jaxdistill.losses.base import learning, masked_sum, required, row_weights
 
 # A tail never has less: one minus a float32 sum near one is not known any better. A teacher whose list sums
 # to one thus charges at most 16 nats for what it did not list, not infinity.
@@ -139,33 +139,18 @@ def sorted_distance(
     return jnp.sum(jnp.abs(ranked - top), axis=-1) + jnp.abs(below)
 
 
-def shared_targets(batch: Batch) -> tuple[dict[str, Array], Float32[Array, ""]]:
-    """The teacher's own top-k at shared states in the order of the head's positions, and the states'
-    weight."""
-    shared = required(batch.shared, "shared")
-    mask, weight = shared.mask & learning(batch), row_weights(batch)
-    ids, logprobs = listed(shared.ids, shared.logprobs, mask)
-    targets = {
-        "mask": mask,
-        "weight": weight,
-        "ids": ids,
-        "logprobs": logprobs,
-        "student_ids": jnp.where(ids >= 0, shared.student_ids, -1),
-    }
-    return {name: predicted(x) for name, x in targets.items()}, masked_sum(weight, mask)
-
-
 def projection_metrics(batch: Batch) -> dict[str, Mean]:
     """What the projection knows, over response tokens: `projected_fraction` have a state with a projection;
-    of those `floored_fraction` were sampled where nothing seen leads, and `unseen_mass` is in the tail."""
+    of those `floored_fraction` were sampled where nothing seen leads, and `unlisted_mass` is the mean mass of
+    the tail: of all tokens that are not listed, whether the teacher proposed them or not."""
     projection = required(batch.projection, "projection")
     response, weight = learning(batch), row_weights(batch)
     known = response & projection.mask
     _, logprobs = listed(projection.ids, projection.logprobs, known)
-    unseen = jnp.maximum(1 - jnp.sum(jnp.exp(logprobs), axis=-1), 0.0)
+    unlisted = jnp.maximum(1 - jnp.sum(jnp.exp(logprobs), axis=-1), 0.0)
     everything, present = masked_sum(weight, response), masked_sum(weight, known)
     return {
         "projected_fraction": Mean(present, everything),
         "floored_fraction": Mean(masked_sum(weight * projection.floored, known), present),
-        "unseen_mass": Mean(masked_sum(weight * unseen, known), present),
+        "unlisted_mass": Mean(masked_sum(weight * unlisted, known), present),
     }

@@ -12,6 +12,8 @@ of minus the reverse KL. The rules below spread d over student tokens:
   the token that closed the chunk; charging only the chunk punishes tokens that were right. In rows
   whose teacher has the student's own vocabulary every chunk is one token and its border is nobody's
   work: there it is `broadcast`, the textbook rule.
+- `chunk`: the last token of the chunk gets d, the others nothing, so that a sum over whole chunks counts each
+  once.
 
 Letters: B rows, T positions.
 """
@@ -22,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-ChunkCredit = Literal["lookahead", "broadcast", "uniform", "proportional"]
+ChunkCredit = Literal["lookahead", "broadcast", "uniform", "proportional", "chunk"]
 
 
 def token_advantages(
@@ -61,6 +63,9 @@ def token_advantages(
         # A chunk the student was certain of (total 0) has no tokens to blame.
         share = jnp.where(student_total < 0, logprobs / jnp.where(student_total < 0, student_total, 1.0), 0.0)
         return jnp.where(mask, difference * share, 0.0), mask
+    if credit == "chunk":
+        following = jnp.pad(segment, ((0, 0), (0, 1)), constant_values=width)[:, 1:]
+        return jnp.where(segment != following, difference, 0.0), mask
     previous = jnp.pad(difference, ((0, 0), (1, 0)))[:, :-1]
     previous_segment = jnp.pad(segment, ((0, 0), (1, 0)), constant_values=width)[:, :-1]
     closes = (previous_segment != width) & (previous_segment != segment) & ~same_vocabulary[:, None]

@@ -19,20 +19,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 from pydantic import Field, model_validator
 
-from jaxdistill.batch import Batch
-from jaxdistill.losses.base import Metrics, Objective, ObjectiveSettings, Prepared, masked_mean
+from jaxdistill.losses.base import Metrics, masked_mean
 from jaxdistill.losses.buckets import (
     both_buckets,
     generalised_jsd,
     merge_equal,
-    shared_targets,
     sorted_distance,
     tempered,
 )
-from jaxdistill.records import Part
+from jaxdistill.losses.shared_states import SharedStateObjective, SharedStateSettings
 
 
-class GOLDConfig(ObjectiveSettings):
+class GOLDConfig(SharedStateSettings):
     """Settings of `objective.kind: gold`; `beta` and `temperature` as in `gkd`, the weights of the two
     parts."""
 
@@ -48,18 +46,10 @@ class GOLDConfig(ObjectiveSettings):
             raise ValueError("matched_weight and unmatched_weight are both 0: nothing would be learned")
         return self
 
-    @property
-    def needs(self) -> frozenset[Part]:
-        return frozenset({"shared"})
-
 
 @dataclass(frozen=True)
-class GOLD(Objective[GOLDConfig]):
+class GOLD(SharedStateObjective[GOLDConfig]):
     """Mean of the hybrid loss per shared state."""
-
-    def prepare(self, batch: Batch) -> Prepared:
-        targets, weight = shared_targets(batch)
-        return Prepared(targets, weight, {})
 
     def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
         c = self.config

@@ -18,34 +18,35 @@ right.
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Float32
 from pydantic import Field, model_validator
 
 from jaxdistill.batch import Batch
 from jaxdistill.losses.base import Metrics, Objective, Prepared, masked_mean, predicted, required
-from jaxdistill.losses.buckets import both_buckets, generalised_jsd, listed, projection_metrics
-from jaxdistill.losses.credit import token_advantages
+from jaxdistill.losses.buckets import both_buckets, generalised_jsd, listed
+from jaxdistill.losses.credit import ChunkCredit
 from jaxdistill.losses.policy_gradient import (
     PolicyGradientSettings,
+    log_ratios,
     own_responses,
     surrogate,
     surrogate_targets,
 )
-from jaxdistill.records import Part
 
 
 class MiniLLMConfig(PolicyGradientSettings):
-    """Settings of `objective.kind: minillm`.
+    """Settings of `objective.kind: minillm`; without a top-k `credit: auto` is `chunk`.
 
-    `credit: auto` is `projected` where the teachers give their top-k, else `chunk`. `single_step` (default:
-    where projected) takes the immediate part exactly. `discount` is the weight of a reward one token later;
-    `length_normalize` divides by the discounted number of tokens.
+    `single_step` (default: where projected) takes the immediate part exactly. `discount` is the weight of a
+    reward one token later; `length_normalize` divides by the discounted number of tokens.
     """
+
+    chunk_credit: ClassVar[ChunkCredit] = "chunk"
 
     kind: Literal["minillm"] = "minillm"
     credit: Literal["auto", "projected", "chunk"] = "auto"
@@ -69,20 +70,6 @@ class MiniLLMConfig(PolicyGradientSettings):
         """Whether the immediate part is taken exactly."""
         return self.credit == "projected" if self.single_step is None else self.single_step
 
-    @property
-    def reads_chunks(self) -> bool:
-        return self.credit == "chunk"
-
-    @property
-    def needs(self) -> frozenset[Part]:
-        return frozenset({"projection"}) if self.credit == "projected" else frozenset()
-
-    def resolved(self, *, top_k: bool) -> "MiniLLMConfig":
-        if self.credit != "auto":
-            return self
-        projected = top_k and self.signal == "chunk"
-        return self.model_validate(self.model_dump() | {"credit": "projected" if projected else "chunk"})
-
 
 @dataclass(frozen=True)
 class MiniLLM(Objective[MiniLLMConfig]):
@@ -90,7 +77,7 @@ class MiniLLM(Objective[MiniLLMConfig]):
 
     def prepare(self, batch: Batch) -> Prepared:
         c = self.config
-        reward, signal = self._rewards(batch)
+        reward, signal = log_ratios(c, batch)
         signal = signal & own_responses(batch)
         total = _to_go(jnp.where(signal, reward, 0.0), c.discount)
         count = _to_go(signal.astype(jnp.float32), c.discount)
@@ -100,38 +87,12 @@ class MiniLLM(Objective[MiniLLMConfig]):
         if c.length_normalize:
             total = total / jnp.where(count > 0, count, 1.0)
         prepared = surrogate_targets(c, batch, total, ahead)
-        if c.credit == "chunk":
+        if not c.exact_step:
             return prepared
         projection = required(batch.projection, "projection")
-        targets = prepared.targets
-        if c.exact_step:
-            ids, logprobs = listed(projection.ids, projection.logprobs, signal)
-            exact = {"state": signal, "ids": ids, "logprobs": logprobs}
-            targets = targets | {name: predicted(x) for name, x in exact.items()}
-        return Prepared(targets, prepared.weight, prepared.metrics | projection_metrics(batch))
-
-    def _rewards(self, batch: Batch) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
-        """log p_T - log p_S of each token, clipped (nats), and where it is known."""
-        c = self.config
-        if c.credit == "auto":
-            raise ValueError(
-                "objective.credit is still auto; build the objective of config.resolved(top_k=...)"
-            )
-        if c.credit == "projected":
-            projection = required(batch.projection, "projection")
-            return jnp.clip(projection.logprob - batch.behavior_logprobs, -c.clip, c.clip), projection.mask
-        difference, mask = token_advantages(
-            "broadcast",
-            chunk_of_token=batch.chunk_of_token,
-            teacher_logprob=batch.teacher_logprob,
-            student_logprobs=batch.behavior_logprobs,
-            mask=batch.loss_mask,
-            same_vocabulary=batch.same_vocabulary,
-            clip=c.clip,
-        )
-        chunk = jnp.where(mask, batch.chunk_of_token, -1)
-        last = chunk != jnp.pad(chunk[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-        return jnp.where(last, difference, 0.0), mask
+        ids, logprobs = listed(projection.ids, projection.logprobs, signal)
+        exact = {"state": signal, "ids": ids, "logprobs": logprobs}
+        return replace(prepared, targets=prepared.targets | {name: predicted(x) for name, x in exact.items()})
 
     def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
         value, metrics = surrogate(self.config, logits, targets)

@@ -10,7 +10,7 @@ Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
@@ -26,10 +26,13 @@ from jaxdistill.losses.base import (
     masked_mean,
     masked_sum,
     predicted,
+    required,
     row_weights,
 )
 from jaxdistill.losses.baseline import Baseline, baseline_values
-from jaxdistill.records import ORIGINS, Origin
+from jaxdistill.losses.buckets import projection_metrics
+from jaxdistill.losses.credit import ChunkCredit, token_advantages
+from jaxdistill.records import ORIGINS, Origin, Part
 
 NORM_FLOOR = 1e-2
 """Nats: advantages whose root mean square is far below it are not blown up to 1."""
@@ -38,12 +41,20 @@ NORM_FLOOR = 1e-2
 class PolicyGradientSettings(ObjectiveSettings):
     """Settings of every policy gradient.
 
+    `credit` says where a token's advantage comes from: `projected` is the teacher's probability of the token
+    itself, the others spread a chunk's difference (`losses.credit`). `auto` is `projected` where the teachers
+    give their top-k, else `chunk_credit`. `signal: exact` keeps one-to-one chunks alone: a rule on chunks, so
+    that `auto` is then `chunk_credit` in any case.
+
     `clip` bounds a difference of log-probabilities in nats; `baseline` (see `baseline_values`) is subtracted
     first; `normalize` divides the advantages by their root mean square over the batch (and `NORM_FLOOR`);
     `ratio_clip` is PPO's epsilon; `reward_coefficient` scales the task reward.
     """
 
+    chunk_credit: ClassVar[ChunkCredit]
+
     kind: str
+    credit: Literal["auto", "projected"] | ChunkCredit = "auto"
     coefficient: float = Field(default=1.0, gt=0)
     clip: float = Field(default=10.0, gt=0)
     normalize: bool = True
@@ -53,8 +64,23 @@ class PolicyGradientSettings(ObjectiveSettings):
     temperature_mismatch: Literal["refuse", "allow"] = "refuse"
 
     @property
+    def reads_chunks(self) -> bool:
+        return self.credit not in ("auto", "projected")
+
+    @property
     def reads_reward(self) -> bool:
         return self.reward_coefficient > 0
+
+    @property
+    def needs(self) -> frozenset[Part]:
+        return frozenset({"projection"}) if self.credit == "projected" else frozenset()
+
+    def resolved(self, *, top_k: bool) -> "PolicyGradientSettings":
+        if self.credit != "auto":
+            return self
+        credit = "projected" if top_k and self.signal == "chunk" else self.chunk_credit
+        # Validated anew: another setting may not go with what `auto` becomes.
+        return self.model_validate(self.model_dump() | {"credit": credit})
 
     def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
         if not shares["student"]:
@@ -77,6 +103,29 @@ def own_responses(batch: Batch) -> Bool[Array, "B T"]:
     return learning(batch) & (batch.origin == ORIGINS["student"])[:, None]
 
 
+def log_ratios(
+    config: PolicyGradientSettings, batch: Batch
+) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
+    """log p_T - log p_S of each token by the rule `credit`, clipped (nats), and where it is known.
+
+    Raises `ValueError` for a credit that is still `auto`, and without the projection it asks for."""
+    if config.credit == "auto":
+        raise ValueError("objective.credit is still auto; build the objective of config.resolved(top_k=...)")
+    if config.credit == "projected":
+        projection = required(batch.projection, "projection")
+        difference = projection.logprob - batch.behavior_logprobs
+        return jnp.clip(difference, -config.clip, config.clip), projection.mask
+    return token_advantages(
+        config.credit,
+        chunk_of_token=batch.chunk_of_token,
+        teacher_logprob=batch.teacher_logprob,
+        student_logprobs=batch.behavior_logprobs,
+        mask=batch.loss_mask,
+        same_vocabulary=batch.same_vocabulary,
+        clip=config.clip,
+    )
+
+
 def surrogate_targets(
     config: PolicyGradientSettings,
     batch: Batch,
@@ -95,6 +144,8 @@ def surrogate_targets(
     advantage = advantage - baseline_values(config.baseline, advantage, signal, batch.tokens, row_weight)
     square = masked_sum(jnp.square(advantage) * weight, signal)
     metrics = {"advantage_mean": Mean(mean, signal_weight), "advantage_square": Mean(square, signal_weight)}
+    if config.credit == "projected":
+        metrics |= projection_metrics(batch)
     if config.normalize:
         safe = jnp.where(signal_weight > 0, signal_weight, 1.0)
         # The floor keeps a student that has become its teacher from being trained on rounding noise.

@@ -11,30 +11,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from jaxdistill.batch import Batch
-from jaxdistill.losses.base import Metrics, Objective, ObjectiveSettings, Prepared
-from jaxdistill.losses.buckets import shared_targets, sorted_distance
-from jaxdistill.records import Part
+from jaxdistill.losses.base import Metrics
+from jaxdistill.losses.buckets import sorted_distance
+from jaxdistill.losses.shared_states import SharedStateObjective, SharedStateSettings
 
 
-class ULDConfig(ObjectiveSettings):
+class ULDConfig(SharedStateSettings):
     """`objective.kind: uld` has no settings of its own. The paper adds cross-entropy: use `sum` with
     `sft`."""
 
     kind: Literal["uld"] = "uld"
 
-    @property
-    def needs(self) -> frozenset[Part]:
-        return frozenset({"shared"})
-
 
 @dataclass(frozen=True)
-class ULD(Objective[ULDConfig]):
+class ULD(SharedStateObjective[ULDConfig]):
     """Mean L1 distance of sorted probabilities per shared state; 0 to 2."""
-
-    def prepare(self, batch: Batch) -> Prepared:
-        targets, weight = shared_targets(batch)
-        return Prepared(targets, weight, {})
 
     def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
         probabilities = jax.nn.softmax(logits, axis=-1)

@@ -10,11 +10,12 @@ of the student is `" "` of a teacher that writes digits one by one. A role goes 
 that role.
 
 Letters: B rows, T positions, C positions in a tile, K listed tokens, N buckets (K and the tail), V student
-ids, W teacher ids.
+ids, W teacher ids a student token goes to.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -25,23 +26,19 @@ from pydantic import Field
 
 from jaxdistill.batch import Batch
 from jaxdistill.errors import ConfigError
-from jaxdistill.losses.base import Metrics, Objective, ObjectiveSettings, Prepared, Vocabularies, masked_mean
-from jaxdistill.losses.buckets import generalised_jsd, log_tail, shared_targets
-from jaxdistill.records import Part
+from jaxdistill.losses.base import Metrics, Prepared, Vocabularies, masked_mean
+from jaxdistill.losses.buckets import generalised_jsd, log_tail
+from jaxdistill.losses.shared_states import SharedStateObjective, SharedStateSettings
 from jaxdistill.text import Tokenizer
 
 _TINY = 1e-37  # the least mass whose log is taken: below it float32 has nothing left to learn from
 
 
-class XTokenConfig(ObjectiveSettings):
+class XTokenConfig(SharedStateSettings):
     """Settings of `objective.kind: xtoken`; `beta`: 0 is the paper's KL(p_T || q), 1 the reverse."""
 
     kind: Literal["xtoken"] = "xtoken"
     beta: float = Field(default=0.0, ge=0, le=1)
-
-    @property
-    def needs(self) -> frozenset[Part]:
-        return frozenset({"shared"})
 
 
 def first_teacher_tokens(student: Tokenizer, teacher: Tokenizer) -> Int32[np.ndarray, " V"]:
@@ -60,7 +57,7 @@ def first_teacher_tokens(student: Tokenizer, teacher: Tokenizer) -> Int32[np.nda
 
 
 @dataclass(frozen=True)
-class XToken(Objective[XTokenConfig]):
+class XToken(SharedStateObjective[XTokenConfig]):
     """Mean KL per shared state, in nats, over the teacher's listed tokens and one bucket for all others.
 
     A listed token no student token goes to belongs to the others: the student cannot give it any mass.
@@ -84,24 +81,27 @@ class XToken(Objective[XTokenConfig]):
         return cls(config, tuple(first.tolist()), teacher.vocab_size)
 
     def prepare(self, batch: Batch) -> Prepared:
-        targets, weight = shared_targets(batch)
-        # A gather with numpy constants: which teacher tokens can be reached at all.
-        reachable = jnp.asarray(np.isin(np.arange(self.teacher_size), self.first))
-        known = (targets["ids"] >= 0) & reachable[targets["ids"]]
-        targets |= {
-            "ids": jnp.where(known, targets["ids"], -1),
-            "logprobs": jnp.where(known, targets["logprobs"], -jnp.inf),
+        prepared = super().prepare(batch)
+        ids, logprobs = prepared.targets["ids"], prepared.targets["logprobs"]
+        column_of = np.full(self.teacher_size, -1, np.int32)
+        column_of[self._reached] = np.arange(len(self._reached))
+        columns = jnp.where(ids >= 0, jnp.asarray(column_of)[ids], -1)
+        targets = {
+            "mask": prepared.targets["mask"],
+            "weight": prepared.targets["weight"],
+            "columns": columns,
+            "logprobs": jnp.where(columns >= 0, logprobs, -jnp.inf),
         }
-        return Prepared(targets, weight, {})
+        return replace(prepared, targets=targets)
 
     def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
-        mask, weight, ids = targets["mask"], targets["weight"], targets["ids"]
-        known = ids >= 0
+        mask, weight, columns = targets["mask"], targets["weight"], targets["columns"]
+        known, vocabulary = columns >= 0, logits.shape[-1]
         mass = self._projected(jax.nn.softmax(logits, axis=-1))
-        chosen = jnp.take_along_axis(mass, jnp.where(known, ids, 0), axis=-1)
-        places = jnp.where(known, ids, self.teacher_size + 1)  # an index out of bounds is dropped
+        chosen = jnp.take_along_axis(mass, jnp.where(known, columns, 0), axis=-1)
+        places = jnp.where(known, columns, mass.shape[-1])  # an index out of bounds is dropped
         rest = jnp.sum(jnp.put_along_axis(mass, places, 0.0, axis=-1, inplace=False, mode="drop"), axis=-1)
-        has_tail = jnp.sum(known, axis=-1) < self._outcomes(logits.shape[-1])
+        has_tail = jnp.sum(known, axis=-1) < len(np.unique(self._columns(vocabulary)))
         teacher = jnp.where(has_tail, log_tail(targets["logprobs"]), -jnp.inf)
         student = jnp.concatenate([chosen, rest[..., None]], axis=-1)
         value = generalised_jsd(
@@ -113,18 +113,23 @@ class XToken(Objective[XTokenConfig]):
             "student_tail_mass": masked_mean(rest, mask, weight),
         }
 
-    def _table(self, vocabulary: int) -> np.ndarray:
-        """The column of each of the model's ids; those beyond the tokenizer's, and those that go nowhere,
-        share one after the teacher's last."""
-        table = np.full(vocabulary, self.teacher_size, np.int32)
-        first = np.asarray(self.first)
-        table[: len(first)] = np.where(first >= 0, first, self.teacher_size)
-        return table
+    @cached_property
+    def _reached(self) -> Int32[np.ndarray, " W"]:
+        """The teacher ids a student token goes to, rising. They alone get a column: so there are never more
+        than student ids, by whose number the head sizes a tile, however many ids the teacher has."""
+        return np.unique([token for token in self.first if token >= 0]).astype(np.int32)
 
-    def _outcomes(self, vocabulary: int) -> int:
-        return len(np.unique(self._table(vocabulary)))
+    def _columns(self, vocabulary: int) -> Int32[np.ndarray, " V"]:
+        """The column of each of the model's ids; those beyond the tokenizer's, and those that go nowhere,
+        share one after the last."""
+        columns = np.full(vocabulary, len(self._reached), np.int32)
+        first = np.asarray(self.first, np.int32)
+        goes = np.flatnonzero(first >= 0)
+        columns[goes] = np.searchsorted(self._reached, first[goes])
+        return columns
 
     def _projected(self, probabilities: Float32[Array, "B C V"]) -> Float32[Array, "B C W1"]:
-        """The mass of each teacher token, and after the last that of what goes nowhere."""
-        empty = jnp.zeros((*probabilities.shape[:2], self.teacher_size + 1))
-        return empty.at[:, :, self._table(probabilities.shape[-1])].add(probabilities)
+        """The mass of each teacher token a student token goes to, and after the last that of what goes
+        nowhere."""
+        empty = jnp.zeros((*probabilities.shape[:2], len(self._reached) + 1))
+        return empty.at[:, :, self._columns(probabilities.shape[-1])].add(probabilities)

@@ -17,33 +17,35 @@ from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.teachers.replay import ReplayTeacher
 from jaxdistill.teachers.routing import Routes, Teachers
 from jaxdistill.teachers.sglang import SGLangTeacher
+from jaxdistill.text import Tokenizer
 
-BUILDERS: Mapping[str, Callable[[Any], SGLangTeacher | EmbeddedTeacher | ReplayTeacher]] = {
+BUILDERS: Mapping[str, Callable[[Any, Tokenizer], SGLangTeacher | EmbeddedTeacher | ReplayTeacher]] = {
     "sglang": SGLangTeacher,
     "embedded": EmbeddedTeacher,
     "replay": ReplayTeacher,
 }
 
 
-def build(config: TeacherConfig) -> Teacher:
-    """The configured teacher, reached and answering.
+def build(config: TeacherConfig, tokenizer: Tokenizer) -> Teacher:
+    """The configured teacher, reached and answering; `tokenizer` is what its config loads.
 
     Raises `ConfigError`, `TeacherUnavailable` or `TeacherContractError`; nothing is left running then.
     """
     with ExitStack() as undo:
-        teacher = BUILDERS[config.kind](config)
+        teacher = BUILDERS[config.kind](config, tokenizer)
         undo.callback(teacher.close)
         teacher.check()
         undo.pop_all()
     return teacher
 
 
-def build_all(configs: Sequence[TeacherConfig], *, seed: int) -> Teachers:
-    """The teachers of a run, each reached and answering; raises as `build` does."""
+def build_all(configs: Sequence[TeacherConfig], tokenizers: Sequence[Tokenizer], *, seed: int) -> Teachers:
+    """The teachers of a run, each reached and answering, with their tokenizers in the same order; raises as
+    `build` does."""
     with ExitStack() as undo:
         members: list[Teacher] = []
-        for config in configs:
-            members.append(build(config))
+        for config, tokenizer in zip(configs, tokenizers, strict=True):
+            members.append(build(config, tokenizer))
             undo.callback(members[-1].close)
         undo.pop_all()
     return Teachers(members, Routes(configs, seed))

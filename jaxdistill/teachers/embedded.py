@@ -36,7 +36,7 @@ class EmbeddedTeacher:
 
     identity: TeacherIdentity  # what `check` found
 
-    def __init__(self, config: EmbeddedConfig, *, tokenizer: Tokenizer | None = None):
+    def __init__(self, config: EmbeddedConfig, tokenizer: Tokenizer):
         """Start the child and wait until it answers. Raises `ConfigError` for a missing model folder
         and `TeacherUnavailable` (with the end of the child's log) where it does not come up."""
         if not (Path(config.model) / "config.json").is_file():
@@ -45,7 +45,7 @@ class EmbeddedTeacher:
                 "*.safetensors; check the path"
             )
         self.name = config.name
-        self.tokenizer = config.load_tokenizer() if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer
         self._server = _Server(config.model, config.roles)
         with ExitStack() as undo:
             undo.callback(self._server.stop)
@@ -54,7 +54,7 @@ class EmbeddedTeacher:
             self._client = SGLangTeacher(
                 # A second copy of a late request would only wait behind the first.
                 config.model_copy(update={"max_concurrency": at_once, "hedge_share": 0.0}),
-                tokenizer=self.tokenizer,
+                tokenizer,
                 endpoints=[endpoint],
                 gone=lambda: not self._server.alive,
             )

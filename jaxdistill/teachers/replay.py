@@ -26,6 +26,7 @@ from jaxdistill.teachers.base import View, teacher_views
 from jaxdistill.teachers.config import ReplayConfig
 from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
+from jaxdistill.text import Tokenizer
 
 _TEACHER = b"jaxdistill.teacher"  # schema metadata: the teacher's identity as JSON
 _TOLERANCE = b"jaxdistill.canary_tolerance"  # and how far its canary may have moved since the first file
@@ -88,12 +89,12 @@ class ScoreRecorder:
 class ReplayTeacher:
     """Scores rollouts from a recording; a rollout that is not in it is `Unscored`."""
 
-    def __init__(self, config: ReplayConfig):
+    def __init__(self, config: ReplayConfig, tokenizer: Tokenizer):
         """Reads the recording. Raises `ConfigError` where there is none, where it was made with another
         tokenizer, or where it lacks what the config asks for."""
         self.name = config.name
         self.config = config
-        self.tokenizer = config.load_tokenizer()
+        self.tokenizer = tokenizer
         parts = _parts(config.path)
         if not parts:
             raise ConfigError(

@@ -72,12 +72,12 @@ class SGLangTeacher:
     def __init__(
         self,
         settings: ServedSettings,
+        tokenizer: Tokenizer,
         *,
         endpoints: Sequence[str] | None = None,
-        tokenizer: Tokenizer | None = None,
         gone: Callable[[], bool] = lambda: False,
     ):
-        """Reads the API key and the tokenizer; no request is made yet (see `check`).
+        """Reads the API key; no request is made yet (see `check`).
 
         `endpoints` are for a server this process started itself, and so is `gone`, which ends retries once
         it returns true; an `SGLangConfig` brings its own. Raises `ConfigError` where the key's variable is
@@ -90,7 +90,7 @@ class SGLangTeacher:
         key, hint = _api_key(settings.api_key_env if configured else None)
         if endpoints is None:
             endpoints = settings.endpoints if configured else ()
-        self.tokenizer = settings.load_tokenizer() if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer
         self._asked = _what_to_ask(settings, self.tokenizer)
         self._unscored: Counter[str] = Counter()
         self._recorder: ScoreRecorder | None = None

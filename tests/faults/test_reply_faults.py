@@ -79,7 +79,7 @@ def taught(tokenizer: Tokenizer, **settings: Any) -> Iterator[tuple[FaultServer,
             max_tokens_per_request=GROUP,
             **settings,
         )
-        teacher = SGLangTeacher(config, tokenizer=tokenizer)
+        teacher = SGLangTeacher(config, tokenizer)
         try:
             teacher.check()
             yield server, teacher
@@ -309,7 +309,7 @@ def test_a_silent_replica_keeps_no_run_from_starting_and_must_prove_itself_later
             breaker_probe_s=0.05,
             max_tokens_per_request=GROUP,
         )
-        teacher = SGLangTeacher(config, tokenizer=tokenizer)
+        teacher = SGLangTeacher(config, tokenizer)
         try:
             teacher.check()
             assert away.url in caplog.text and "starts with the other endpoints" in caplog.text

@@ -14,9 +14,8 @@ pytestmark = pytest.mark.live
 def answers(server: Server, *, temperature: float, max_new_tokens: int = 40) -> list[Written]:
     """What the served model writes to twelve prompts, several rows a request."""
     prompts = read_prompts(ROOT / "assets/toy/heldout.jsonl")[:12]
-    teacher = SGLangTeacher(
-        SGLangConfig(endpoint=server.url, tokenizer=str(server.folder), max_tokens_per_request=400)
-    )
+    config = SGLangConfig(endpoint=server.url, tokenizer=str(server.folder), max_tokens_per_request=400)
+    teacher = SGLangTeacher(config, config.load_tokenizer())
     try:
         teacher.check()
         return teacher.generate(prompts, range(12), max_new_tokens=max_new_tokens, temperature=temperature)

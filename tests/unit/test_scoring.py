@@ -1,11 +1,13 @@
 """The headline metrics against sums done by hand, odd tokens included."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from jaxdistill.align import align, project
-from jaxdistill.records import OTHER_SPECIAL, Prompt, Rollout, TeacherScores, TokenSpans
-from jaxdistill.scoring import Scored, distillation_metrics
+from jaxdistill.records import OTHER_SPECIAL, Prompt, Rollout, TeacherScores, TokenSpans, Unscored
+from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows
 
 
 def spans(pieces: list[bytes | int]) -> TokenSpans:
@@ -53,3 +55,17 @@ def test_a_response_that_only_ends_has_no_bytes_but_a_signal():
     assert np.isnan(distillation_metrics(only_end)["reverse_kl_per_byte"].value)
     assert only_end.targets[0].mask.tolist() == [True]
     assert only_end.targets[0].teacher_logprob.tolist() == [-4.0]
+
+
+def test_a_row_without_scores_is_kept_with_who_wrote_it():
+    one = scored([b"a", 1], [], [-1, -1], [])
+    rollouts = [replace(one.rollouts[0], origin=origin) for origin in ("student", "reference", "teacher")]
+    whys = [Unscored("bad_reply", "nonsense"), None, Unscored("too_long", "9 tokens")]
+    scores = [replace(one.scores[0], unscored=why) for why in whys]
+    kept = unscored_rows(Scored(rollouts, scores, one.alignments * 3, one.targets * 3))
+    assert [(row["origin"], row["kind"]) for row in kept] == [
+        ("student", "bad_reply"),
+        ("teacher", "too_long"),
+    ]
+    # What was written is kept where it may be the reason.
+    assert kept[0]["response"] == "a" and "response" not in kept[1]

@@ -3,40 +3,23 @@
 At a student border e with history h, the probability that the teacher writes a string whose student
 segmentation begins with h is M(h) = V(e) * kappa(e): V(e) that its string begins with the bytes up to e,
 kappa(e) that what follows then keeps a student boundary at e. `proposals` says how far each token the teacher
-proposes agrees with the response, `cuts` whether the student cuts at a border given what follows, `masses`
-sums both over the teacher's top-k, and `segmentation` holds each teacher token as the student would cut it.
-`distribution` puts them together: `Projector` gives the teacher's next-token distribution in student tokens.
+proposes agrees with the response, `terms` which student borders it reaches, `cuts` whether the student
+cuts at a border given what follows, `masses` sums the terms with that. `distribution` puts them together:
+`Projector` gives the teacher's next-token distribution in student tokens.
 """
 
 from jaxdistill.align.projection.cuts import Cuts
 from jaxdistill.align.projection.distribution import Projector
 from jaxdistill.align.projection.masses import Borders, border_masses
-from jaxdistill.align.projection.proposals import (
-    BEYOND,
-    DIFFERS,
-    INSIDE,
-    Agreement,
-    Symbols,
-    agree,
-    symbols_of,
-    vocabulary_symbols,
-)
-from jaxdistill.align.projection.segmentation import Segmentation, load_segmentation, segment_vocabulary
+from jaxdistill.align.projection.proposals import Symbols, agree, symbols_of, vocabulary_symbols
 
 __all__ = [
-    "BEYOND",
-    "DIFFERS",
-    "INSIDE",
-    "Agreement",
     "Borders",
     "Cuts",
     "Projector",
-    "Segmentation",
     "Symbols",
     "agree",
     "border_masses",
-    "load_segmentation",
-    "segment_vocabulary",
     "symbols_of",
     "vocabulary_symbols",
 ]

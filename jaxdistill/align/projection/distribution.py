@@ -28,7 +28,7 @@ a coarser grain. The sampled token is always listed.
 Where the masses were estimated, the listed tokens can come out with more than is left beside the sampled one;
 then they are scaled down to that.
 
-Letters: R student tokens, S teacher tokens, J proposals at each (see `masses`), K listed candidates, E
+Letters: R student tokens, S teacher tokens, J proposals at each (see `terms`), K listed candidates, E
 borders, N terms, X pairs of a border and a student token.
 """
 
@@ -38,8 +38,9 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
 from jaxdistill.align.projection.cuts import Cuts
-from jaxdistill.align.projection.masses import Ground, known_proposals, masses_of, read_ground
+from jaxdistill.align.projection.masses import masses_of
 from jaxdistill.align.projection.proposals import vocabulary_symbols
+from jaxdistill.align.projection.terms import Ground, known_proposals, read_ground
 from jaxdistill.errors import ConfigError
 from jaxdistill.records import ROLE_NAMES, Alignment, Projection, TeacherScores, TokenSpans
 from jaxdistill.text import Tokenizer

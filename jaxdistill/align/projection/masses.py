@@ -1,11 +1,10 @@
 """V(e) and M(e) = V(e) * kappa(e) at every student border, summed over the teacher's top-k.
 
 What is asked for: with h the student tokens up to byte e, V(e) is the probability that the teacher's string
-begins with these bytes, M(h) that its student segmentation begins with h. Every such string has one first
-teacher token that reaches e. With P(j) the probability of the scored path before teacher token j, which
-begins at symbol b_j, and v a token proposed there,
+begins with these bytes, M(h) that its student segmentation begins with h. With the terms P(j) p(v) of the
+module `terms`,
 
-    V(e)     = sum of P(j) p(v) over j with b_j < e and v that agrees with the response up to e, and reaches e
+    V(e)     = the sum of the terms that reach e
     M(e)     = the same sum, each term times the share of what follows v that keeps a student boundary at e
 
 and that share, kappa of the term, is known as far as what follows v is known:
@@ -26,28 +25,26 @@ that is kept if v ends there: where one tokenizer ends a token, the other mostly
 `guessed` says how far all this can go: it is 1 - least / most, with M once as if none of the unknown were a
 boundary and once as if all were. So (1 - guessed) * M and M / (1 - guessed) enclose the seen part of M.
 
-Two things are not in V: tokens beyond the top-k (`unseen`), and other tokens that the response goes on from
-but that end before e (`shorter`), since what the teacher would write behind them was not scored. Both are
-given at the position whose token holds e. At earlier positions they would have to lead over a token border
-of the path, which a canonical teacher does only where later bytes change its cut: taken as nothing.
+What is in no term is given at the position whose token holds e: the tokens beyond the top-k as `unseen`,
+those that end before e as `shorter`.
 
 Where the student's tokenizer would cut the response as it is cut up to e, M(e) is at least the probability of
 the whole path: log M is finite, whatever the top-k. On other cuts no string keeps h, and -inf can be true.
 Where both sides have one tokenizer, M is the path's own probability: the response's tokens are the teacher's.
 V = kappa = 1 at the start. Everything stays in logarithms, and V never grows along the response.
 
-Letters: R student tokens, S teacher tokens, K proposals at each, J proposals: K, the sampled token, and the
-end of turn where it is known, E borders, Q pairs of a proposal and a border it reaches, N continuations.
+Letters: R student tokens, S teacher tokens, J proposals at each, E borders, Q pairs of a proposal and a
+border it reaches, N continuations.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, Int64
+from jaxtyping import Float64, Int32, Int64
 
 from jaxdistill.align.projection.cuts import Cuts
-from jaxdistill.align.projection.proposals import Symbols, agree, symbols_of
-from jaxdistill.errors import TeacherContractError
+from jaxdistill.align.projection.proposals import Symbols
+from jaxdistill.align.projection.terms import Ground, Places, Proposals, Terms, read_ground
 from jaxdistill.records import Alignment, TeacherScores, TokenSpans
 
 _UNDECIDED = 0.5
@@ -64,9 +61,11 @@ class Borders:
     log p(token r | history) = log_m[after[r]] - log_m[before[r]]. `log_v` and `log_m` count what the top-k
     show. `guessed` is the share of M that rests on what is not known to follow (see above). Of next-token
     probability at the position whose token holds the border, `unseen` is the share beyond the top-k and
-    `shorter` that of other tokens that agree and end before the border; `next_unseen` is the share beyond the
-    top-k at the position behind it, whose tokens decide what follows (NaN behind the last). `log_m` is -inf
-    where nothing seen keeps the student's boundary: then V(e) * unseen is all that is left.
+    `shorter` that of other tokens that agree and end before the border. `log_m` is -inf where nothing seen
+    keeps the student's boundary: then V(e) * unseen is all that is left.
+
+    No run reads `guessed` and `shorter`. They say by how much M can be wrong, and the tests hold M to that in
+    worlds where it can be counted.
     """
 
     before: Int32[np.ndarray, " R"]
@@ -75,29 +74,7 @@ class Borders:
     log_m: Float64[np.ndarray, " E"]
     unseen: Float64[np.ndarray, " E"]
     shorter: Float64[np.ndarray, " E"]
-    next_unseen: Float64[np.ndarray, " E"]
     guessed: Float64[np.ndarray, " E"]
-
-
-@dataclass(frozen=True)
-class _Places:
-    """The borders, rising: teacher symbol offsets, how many student tokens stand before, and the context."""
-
-    before: Int32[np.ndarray, " R"]
-    after: Int32[np.ndarray, " R"]
-    offsets: Int64[np.ndarray, " E"]
-    tokens: Int64[np.ndarray, " E"]
-    contexts: Int32[np.ndarray, " E"]
-
-
-@dataclass(frozen=True)
-class _Proposals:
-    """Top-k with the sampled token: its column at each position, and the probability beyond them all."""
-
-    ids: Int32[np.ndarray, "S J"]
-    logprobs: Float64[np.ndarray, "S J"]
-    sampled: Int64[np.ndarray, " S"]
-    unseen: Float64[np.ndarray, " S"]
 
 
 @dataclass(frozen=True)
@@ -107,128 +84,6 @@ class _Shares:
     least: Float64[np.ndarray, " _"]
     most: Float64[np.ndarray, " _"]
     value: Float64[np.ndarray, " _"]
-
-
-def _places(student: TokenSpans, teacher: Symbols, alignment: Alignment, cuts: Cuts) -> _Places:
-    """Both borders of each aligned student token in the teacher's symbols: a chunk begins at one place on
-    both sides and has the same symbols."""
-    own = symbols_of(student).starts
-    tokens = np.flatnonzero(alignment.student_chunk >= 0)
-    chunk = alignment.student_chunk[tokens]
-    first_mine = np.zeros(alignment.num_chunks, np.int64)
-    first_mine[chunk[::-1]] = tokens[::-1]
-    theirs = np.flatnonzero(alignment.teacher_chunk >= 0)
-    first_theirs = np.zeros(alignment.num_chunks, np.int64)
-    first_theirs[alignment.teacher_chunk[theirs][::-1]] = theirs[::-1]
-    shift = (teacher.starts[first_theirs] - own[first_mine])[chunk]
-    # One place can have two contexts, where the student wrote something unaligned there.
-    width = len(student) + 1
-    keys = np.concatenate(
-        [(own[tokens] + shift) * width + tokens, (own[tokens + 1] + shift) * width + tokens + 1]
-    )
-    unique, inverse = np.unique(keys, return_inverse=True)
-    before, after = (np.full(len(student), -1, np.int32) for _ in range(2))
-    before[tokens], after[tokens] = inverse[: len(tokens)], inverse[len(tokens) :]
-    count = unique % width
-    return _Places(before, after, unique // width, count, cuts.contexts(student)[count])
-
-
-def known_proposals(
-    scores: TeacherScores, end_of_turn: int | None
-) -> tuple[Int32[np.ndarray, "S J"], Float64[np.ndarray, "S J"]]:
-    """The top-k at each teacher token and, where its probability was asked for, the end of turn.
-
-    -1 with -inf where there are fewer. Raises TeacherContractError without a top-k for each token.
-    """
-    ids, logprobs = scores.topk_ids, scores.topk_logprobs
-    if ids is None or logprobs is None or ids.shape != logprobs.shape or len(ids) != len(scores.response):
-        raise TeacherContractError(
-            f"teacher {scores.teacher!r} gave no top-k for each of its {len(scores.response)} tokens; "
-            "projection needs topk_ids and topk_logprobs of one shape [tokens, k]: set teacher.top_k"
-        )
-    logprobs = np.where(ids < 0, -np.inf, logprobs.astype(np.float64))
-    if scores.end_logprobs is None or end_of_turn is None:
-        return ids, logprobs
-    known = (ids == end_of_turn).any(axis=1, keepdims=True)
-    ends = np.where(known, -np.inf, scores.end_logprobs[: len(ids), None].astype(np.float64))
-    return (
-        np.concatenate([ids, np.where(known, -1, end_of_turn).astype(np.int32)], axis=1),
-        np.concatenate([logprobs, ends], axis=1),
-    )
-
-
-def _with_sampled(scores: TeacherScores, end_of_turn: int | None) -> _Proposals:
-    """What is known to be proposed, with the sampled token added where it is missing."""
-    ids, logprobs = known_proposals(scores, end_of_turn)
-    sampled = scores.response.ids[:, None]
-    missing = ~(ids == sampled).any(axis=1, keepdims=True)
-    extra = np.where(missing, scores.logprobs[:, None].astype(np.float64), -np.inf)
-    all_logprobs = np.concatenate([logprobs, extra], axis=1)
-    all_ids = np.concatenate([ids, np.where(missing, sampled, -1)], axis=1).astype(np.int32)
-    unseen = np.clip(1.0 - np.exp(all_logprobs).sum(axis=1), 0.0, 1.0)
-    return _Proposals(all_ids, all_logprobs, (all_ids == sampled).argmax(axis=1), unseen)
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """The sum's terms: Q pairs of a proposal and a border it reaches."""
-
-    border: Int64[np.ndarray, " Q"]
-    token: Int32[np.ndarray, " Q"]
-    offset: Int64[np.ndarray, " Q"]  # of the border in the token
-    weight: Float64[np.ndarray, " Q"]  # log P(j) p(v)
-    own: Bool[np.ndarray, " Q"]  # the path's own token
-
-
-def _terms(
-    places: _Places,
-    response: Symbols,
-    proposals: _Proposals,
-    agreed: Int32[np.ndarray, "S J"],
-    weights: Float64[np.ndarray, "S J"],
-) -> _Terms:
-    ids = proposals.ids
-    begin = np.broadcast_to(response.starts[:-1, None], ids.shape)
-    chosen = np.flatnonzero((agreed > 0) & np.isfinite(weights))
-    begin, token = begin.reshape(-1)[chosen], ids.reshape(-1)[chosen]
-    low = np.searchsorted(places.offsets, begin, side="right")
-    high = np.searchsorted(places.offsets, begin + agreed.reshape(-1)[chosen], side="right")
-    counts = high - low
-    border = np.repeat(low - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-    own = (np.arange(ids.shape[1]) == proposals.sampled[:, None]).reshape(-1)[chosen]
-    token, weight, own = (np.repeat(x, counts) for x in (token, weights.reshape(-1)[chosen], own))
-    return _Terms(border, token, places.offsets[border] - np.repeat(begin, counts), weight, own)
-
-
-@dataclass(frozen=True)
-class Ground:
-    """One response as teacher and student read it, before anything is asked of the student's tokenizer."""
-
-    student: TokenSpans
-    vocabulary: Symbols
-    response: Symbols
-    places: _Places
-    proposals: _Proposals
-    agreed: Int32[np.ndarray, "S J"]
-    path: Float64[np.ndarray, " S1"]  # log P(j), and of the whole response
-    terms: _Terms
-
-
-def read_ground(
-    student: TokenSpans,
-    scores: TeacherScores,
-    alignment: Alignment,
-    vocabulary: Symbols,
-    cuts: Cuts,
-) -> Ground:
-    """The borders of a response and the sum's terms at each. Arguments and errors as `border_masses`."""
-    proposals = _with_sampled(scores, cuts.end_of_turn)
-    response = symbols_of(scores.response)
-    places = _places(student, response, alignment, cuts)
-    agreed = agree(vocabulary, proposals.ids, response).agreed
-    path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
-    terms = _terms(places, response, proposals, agreed, path[:-1, None] + proposals.logprobs)
-    return Ground(student, vocabulary, response, places, proposals, agreed, path, terms)
 
 
 def border_masses(
@@ -267,7 +122,6 @@ def masses_of(ground: Ground, cuts: Cuts) -> Borders:
     log_v[start], log_m[start], least[start], most[start] = 0.0, 0.0, 0.0, 0.0
     known = np.exp(np.where(np.isfinite(most), least - np.where(np.isfinite(most), most, 0.0), 0.0))
     holder = np.searchsorted(response.starts, places.offsets) - 1
-    behind = np.append(proposals.unseen, np.nan)[holder + 1]
     return Borders(
         places.before,
         places.after,
@@ -275,14 +129,13 @@ def masses_of(ground: Ground, cuts: Cuts) -> Borders:
         log_m,
         np.where(start, 0.0, np.append(proposals.unseen, 0.0)[holder]),
         _shorter(places, vocabulary, response, proposals, ground.agreed, holder),
-        behind,
         np.clip(1.0 - known, 0.0, 1.0),
     )
 
 
 def _term_shares(
-    terms: _Terms,
-    places: _Places,
+    terms: Terms,
+    places: Places,
     vocabulary: Symbols,
     path: _Shares,
     log_v: Float64[np.ndarray, " E"],
@@ -308,7 +161,7 @@ def _term_shares(
 
 
 def _path_shares(
-    student: TokenSpans, places: _Places, response: Symbols, proposals: _Proposals, cuts: Cuts
+    student: TokenSpans, places: Places, response: Symbols, proposals: Proposals, cuts: Cuts
 ) -> _Shares:
     """kappa of the path's own token that holds each border."""
     count, last = len(places.offsets), len(proposals.ids) - 1
@@ -332,10 +185,10 @@ def _path_shares(
 
 def _next_shares(
     contexts: Int32[np.ndarray, " N"],
-    proposals: _Proposals,
+    proposals: Proposals,
     position: Int64[np.ndarray, " N"],
     student: TokenSpans,
-    places: _Places,
+    places: Places,
     border: Int64[np.ndarray, " N"],
     cuts: Cuts,
     levels: int,
@@ -373,10 +226,10 @@ def _next_shares(
 
 
 def _shorter(
-    places: _Places,
+    places: Places,
     vocabulary: Symbols,
     response: Symbols,
-    proposals: _Proposals,
+    proposals: Proposals,
     agreed: Int32[np.ndarray, "S J"],
     holder: Int64[np.ndarray, " E"],
 ) -> Float64[np.ndarray, " E"]:

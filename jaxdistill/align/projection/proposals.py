@@ -10,18 +10,13 @@ Letters: N tokens, Y symbols, S teacher tokens of the response, K proposals at e
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int8, Int32, Int64
+from jaxtyping import Int32, Int64
 
 from jaxdistill.errors import TeacherContractError
 from jaxdistill.records import OTHER_SPECIAL, TokenSpans
 from jaxdistill.text import Tokenizer
 
 _ROLE, _SPECIAL = 256, 512
-
-# How a proposed token relates to the response from its position on.
-DIFFERS = 0  # another symbol than the response's, at the `agreed`-th place
-INSIDE = 1  # all of it is what the response says
-BEYOND = 2  # the response ends inside it, and agrees up to there
 
 
 @dataclass(frozen=True)
@@ -56,16 +51,11 @@ def vocabulary_symbols(tokenizer: Tokenizer) -> Symbols:
     return symbols_of(tokenizer.spans(np.arange(tokenizer.vocab_size, dtype=np.int32)))
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """For each proposal, the leading symbols it shares with the response and how it relates to it."""
-
-    agreed: Int32[np.ndarray, "S K"]
-    relation: Int8[np.ndarray, "S K"]
-
-
-def agree(vocabulary: Symbols, proposed: Int32[np.ndarray, "S K"], response: Symbols) -> Agreement:
-    """Compares the proposals at each of the response's token positions with the response from there on.
+def agree(
+    vocabulary: Symbols, proposed: Int32[np.ndarray, "S K"], response: Symbols
+) -> Int32[np.ndarray, "S K"]:
+    """How many leading symbols each proposal at each of the response's token positions shares with the
+    response from there on.
 
     `proposed` are ids of `vocabulary`, -1 where a position has fewer than K. Time is linear in the number of
     proposals and of symbols that agree: most proposals differ in their first symbol and are done with.
@@ -82,8 +72,7 @@ def agree(vocabulary: Symbols, proposed: Int32[np.ndarray, "S K"], response: Sym
     place = np.repeat(response.starts[:-1], proposed.shape[1])
     begin = vocabulary.starts[ids]
     length = np.where(ids < 0, 0, vocabulary.starts[ids + 1] - begin)
-    room = len(response.symbols) - place
-    limit = np.minimum(length, room)
+    limit = np.minimum(length, len(response.symbols) - place)
     agreed = np.zeros(len(ids), np.int32)
     active = np.flatnonzero(limit > 0)
     done = 0
@@ -92,7 +81,4 @@ def agree(vocabulary: Symbols, proposed: Int32[np.ndarray, "S K"], response: Sym
         active, done = active[same], done + 1
         agreed[active] = done
         active = active[limit[active] > done]
-    relation = np.full(len(ids), DIFFERS, np.int8)
-    relation[(agreed == length) & (ids >= 0)] = INSIDE
-    relation[(agreed == room) & (agreed < length)] = BEYOND
-    return Agreement(agreed.reshape(proposed.shape), relation.reshape(proposed.shape))
+    return agreed.reshape(proposed.shape)

@@ -1,24 +1,13 @@
-"""Teacher proposals beside a response, and the teacher's vocabulary in student tokens."""
+"""Teacher proposals beside a response."""
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdistill.align.projection import (
-    BEYOND,
-    DIFFERS,
-    INSIDE,
-    agree,
-    load_segmentation,
-    segment_vocabulary,
-    symbols_of,
-    vocabulary_symbols,
-)
+from jaxdistill.align.projection import agree, symbols_of, vocabulary_symbols
 from jaxdistill.errors import TeacherContractError
 from jaxdistill.records import OTHER_SPECIAL, ROLES, TokenSpans
 from jaxdistill.text import Tokenizer, concatenate
@@ -57,12 +46,7 @@ def test_agreement_is_the_longest_common_prefix(
         prefix = sum(
             1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, rest, strict=False))
         )
-        relation = DIFFERS
-        if mine and prefix == len(mine):
-            relation = INSIDE
-        elif mine and prefix == len(rest):
-            relation = BEYOND
-        assert (found.agreed[j, k], found.relation[j, k]) == (prefix, relation)
+        assert found[j, k] == prefix
 
 
 def test_roles_agree_by_meaning_and_other_special_tokens_with_themselves(
@@ -76,52 +60,11 @@ def test_roles_agree_by_meaning_and_other_special_tokens_with_themselves(
     response = teacher.spans([end, header])
     proposed = np.asarray([[end, header, -1], [end, header, 5]], np.int32)
     found = agree(vocabulary_symbols(teacher), proposed, symbols_of(response))
-    assert found.agreed.tolist() == [[1, 0, 0], [0, 1, 0]]
-    assert found.relation.tolist() == [[INSIDE, DIFFERS, DIFFERS], [DIFFERS, INSIDE, DIFFERS]]
+    assert found.tolist() == [[1, 0, 0], [0, 1, 0]]
     with pytest.raises(TeacherContractError, match="its vocabulary has"):
         agree(
             vocabulary_symbols(teacher), np.full((2, 1), teacher.vocab_size, np.int32), symbols_of(response)
         )
-
-
-def test_the_segmentation_holds_every_teacher_token(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    student, teacher = tokenizers["llama2"], tokenizers["chatml"]
-    table = segment_vocabulary(student, teacher)
-    assert table.of(teacher.roles["end_of_turn"]).tolist() == [student.roles["end_of_turn"]]
-    assert table.of(teacher.roles["think_open"]).tolist() == []
-    for index, piece in enumerate(teacher.token_bytes(np.arange(teacher.vocab_size, dtype=np.int32))):
-        if piece:
-            assert table.of(index).tolist() == student.encode(piece).ids.tolist()
-    for _ in range(2):
-        stored = load_segmentation(student, teacher, tmp_path / "cache")
-        assert np.array_equal(stored.ids, table.ids) and np.array_equal(stored.starts, table.starts)
-    (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(file.read_bytes()[:100])  # cut off by a full disk
-    assert np.array_equal(load_segmentation(student, teacher, tmp_path / "cache").ids, table.ids)
-
-
-def test_every_id_that_ends_a_turn_is_the_students_end_of_turn(
-    tokenizers: dict[str, Tokenizer], tmp_path: Path
-) -> None:
-    """Models with two stop ids: the second is no role's token, and stands for the end all the same."""
-    student, teacher = tokenizers["llama3"], tokenizers["chatml"]
-    folder = tmp_path / "two_stops"
-    folder.mkdir()
-    for file in Path(teacher.where).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    second = next(i for i in sorted(teacher.control) if i not in teacher.roles.values())
-    stops = {"eos_token_id": [teacher.roles["end_of_turn"], second]}
-    (folder / "generation_config.json").write_text(json.dumps(stops))
-    both = Tokenizer.load(str(folder))
-    assert both.stop_ids == set(stops["eos_token_id"])
-    for table in (
-        segment_vocabulary(student, both),
-        load_segmentation(student, both, tmp_path / "cache"),
-    ):
-        for index in both.stop_ids:
-            assert table.of(index).tolist() == [student.roles["end_of_turn"]]
-    # The same vocabulary with one stop id is another table.
-    assert load_segmentation(student, teacher, tmp_path / "cache").of(second).tolist() == []
 
 
 def test_role_numbers_stay_below_those_of_special_tokens() -> None:

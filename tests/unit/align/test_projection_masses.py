@@ -51,7 +51,6 @@ def test_the_masses_are_those_of_enumeration(
     for text in world.strings[::3]:
         found, ends = masses(text), world.student.encode(text).ends
         assert (found.unseen < 1e-6).all()
-        assert np.isnan(found.next_unseen[-1]) and (np.nan_to_num(found.next_unseen) < 1e-6).all()
         truth = true_log_m(world, text)
         np.testing.assert_allclose(found.log_m[found.after], truth, atol=2e-4)
         v = [np.log(world.by_prefix[text[:end]]) for end in ends.tolist()]
@@ -120,7 +119,6 @@ def test_the_figures_of_what_is_not_known(pieces: Pieces) -> None:
     np.testing.assert_allclose(found.guessed[seen], [0, 0.3 / 0.8, 0, 0], atol=1e-6)
     np.testing.assert_allclose(found.unseen[seen], [0, 0.1, 0.1, 0.2], atol=1e-6)
     np.testing.assert_allclose(found.shorter[seen], [0, 0, 0.3, 0], atol=1e-6)
-    np.testing.assert_allclose(found.next_unseen[seen], [0.1, 0.2, 0.2, np.nan], atol=1e-6)
 
 
 def test_a_cut_the_student_would_not_make_has_no_mass(pieces: Pieces) -> None:
@@ -204,7 +202,7 @@ def test_v_never_grows_and_m_is_between_the_path_and_v(
     assert np.isfinite(path).all() and (np.diff(path) <= 1e-6).all() and path.max() <= 0
     assert (found.log_m[order] <= found.log_v[order] + 1e-9).all()
     assert (found.log_m[order] >= scores.logprobs.sum(dtype=np.float64) - 1e-6).all()
-    for share in (found.unseen, found.shorter, found.guessed, found.next_unseen[:-1]):
+    for share in (found.unseen, found.shorter, found.guessed):
         assert ((share >= 0) & (share <= 1)).all()
     # The whole response, with its end, is one path: its mass is the path's own probability.
     np.testing.assert_allclose(found.log_m[order[-1]], scores.logprobs.sum(dtype=np.float64), atol=1e-6)

@@ -1,6 +1,8 @@
 """The teacher's own top-k and end of turn at the states where both sides have read the same bytes."""
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +100,21 @@ def test_ids_match_by_bytes_and_by_role(tokenizers: dict[str, Tokenizer]) -> Non
                 assert found[end] == student.roles["end_of_turn"]
             if student is teacher:
                 np.testing.assert_array_equal(found, np.arange(teacher.vocab_size))
+
+
+def test_every_id_that_ends_a_turn_is_the_students_end_of_turn(
+    tokenizers: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    """Models with two stop ids: the second is no role's token, and stands for the end all the same."""
+    student, teacher = tokenizers["llama3"], tokenizers["chatml"]
+    for file in Path(teacher.where).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    second = next(i for i in sorted(teacher.control) if i not in teacher.roles.values())
+    stops = {"eos_token_id": [teacher.roles["end_of_turn"], second]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stops))
+    both = Tokenizer.load(str(tmp_path))
+    assert both.stop_ids == set(stops["eos_token_id"])
+    end = student.roles["end_of_turn"]
+    assert matching_ids(student, both)[sorted(both.stop_ids)].tolist() == [end, end]
+    # With one stop id the same token has no counterpart.
+    assert matching_ids(student, teacher)[second] == -1

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxdistill.losses.credit import token_advantages
 
-RULES = ("broadcast", "uniform", "proportional", "lookahead")
+RULES = ("broadcast", "uniform", "proportional", "lookahead", "chunk")
 WIDTH = 14
 
 
@@ -24,7 +24,7 @@ def reference(credit, chunks, teacher, student, clip):
                 advantage[i] += difference / len(members)
             elif credit == "proportional":
                 advantage[i] += difference * student[i] / total if total < 0 else 0.0
-            else:
+            elif credit != "chunk" or i == members[-1]:
                 advantage[i] += difference
         after = members[-1] + 1
         if credit == "lookahead" and after < len(chunks):
@@ -81,7 +81,7 @@ def test_with_one_token_a_chunk_all_rules_are_the_textbook_for_a_teacher_of_the_
         "same_vocabulary": jnp.asarray([True, False]),
         "clip": 10.0,
     }
-    for credit in ("broadcast", "uniform", "proportional"):
+    for credit in ("broadcast", "uniform", "proportional", "chunk"):
         np.testing.assert_allclose(token_advantages(credit, **arguments)[0], teacher - student, atol=1e-6)
     lookahead = token_advantages("lookahead", **arguments)[0]
     np.testing.assert_allclose(lookahead[0], (teacher - student)[0], atol=1e-6)

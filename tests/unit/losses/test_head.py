@@ -7,6 +7,9 @@ import pytest
 
 from jaxdistill.losses import head
 from jaxdistill.losses.base import logprob_and_entropy
+from jaxdistill.losses.xtoken import XToken, XTokenConfig
+from tests.unit.losses.batches import VOCAB as BATCH_VOCAB
+from tests.unit.losses.batches import make_batch, on_device
 
 ROWS, LENGTH, HIDDEN, VOCAB = 3, 12, 8, 50
 
@@ -103,3 +106,21 @@ def test_temporary_memory_stays_far_below_the_logits():
     )
     logits_bytes = 4 * rows * length * vocab
     assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 4
+
+
+def test_a_tile_of_xtoken_does_not_grow_with_the_teachers_vocabulary():
+    """`tile_length` counts the student's ids alone, so nothing in a tile may be as wide as the teacher's."""
+    batch = on_device(make_batch())
+
+    def temporary_bytes(spread):
+        first = tuple(range(0, spread * BATCH_VOCAB, spread))
+        xtoken = XToken(XTokenConfig(), first, spread * BATCH_VOCAB)
+        targets = xtoken.prepare(batch).targets
+
+        def value(logits):
+            return xtoken.tile(logits, targets)[0].sum()
+
+        logits = jax.ShapeDtypeStruct((*batch.tokens.shape, BATCH_VOCAB), jnp.float32)
+        return jax.jit(jax.grad(value)).lower(logits).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(500) == temporary_bytes(2)

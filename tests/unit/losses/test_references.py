@@ -281,7 +281,7 @@ def test_gkd_with_the_whole_vocabulary_listed_is_the_textbook(beta, temperature)
     )
     np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1e-6)
     metrics = metrics_of(objective, batch, hidden, embedding)
-    assert metrics["projected_fraction"] == 1 and abs(metrics["unseen_mass"]) < 1e-6
+    assert metrics["projected_fraction"] == 1 and abs(metrics["unlisted_mass"]) < 1e-6
 
     def plain(h):
         p = jax.nn.softmax(jnp.asarray(teacher[:, 1:]) / temperature)
@@ -370,4 +370,4 @@ def test_the_metrics_of_a_sum_are_those_of_its_terms():
     metrics = metrics_of(objective, batch, hidden, embedding)
     alone = loss_and_gradient(objective.terms[1], on_device(batch), hidden, embedding)[0]
     np.testing.assert_allclose(metrics["alm/loss"], alone, rtol=1e-5)
-    assert {"gkd/loss", "gkd/student_tail_mass", "gkd/unseen_mass", "alm/entropy"} <= set(metrics)
+    assert {"gkd/loss", "gkd/student_tail_mass", "gkd/unlisted_mass", "alm/entropy"} <= set(metrics)

@@ -16,11 +16,13 @@ import pytest
 from jaxdistill.errors import ConfigError, TeacherUnavailable
 from jaxdistill.records import Rollout
 from jaxdistill.teachers import EmbeddedConfig, EmbeddedTeacher, build
+from jaxdistill.text import Tokenizer
 
 PARENT = """
 import sys, time
 from jaxdistill.teachers import EmbeddedConfig, build
-teacher = build(EmbeddedConfig(model=sys.argv[1]))
+config = EmbeddedConfig(model=sys.argv[1])
+teacher = build(config, config.load_tokenizer())
 print(teacher.pid, flush=True)
 time.sleep(600)
 """
@@ -41,8 +43,8 @@ def gone(pid: int, within_s: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_model: Path) -> Iterator[EmbeddedTeacher]:
-    built = build(EmbeddedConfig(model=str(tiny_model)))
+def teacher(tiny_model: Path, tokenizer: Tokenizer) -> Iterator[EmbeddedTeacher]:
+    built = build(EmbeddedConfig(model=str(tiny_model)), tokenizer)
     assert isinstance(built, EmbeddedTeacher)
     yield built
     built.close()
@@ -82,9 +84,9 @@ def test_the_same_request_has_the_same_bits(teacher: EmbeddedTeacher, rollouts: 
 
 
 def test_a_child_that_dies_is_unavailable_at_once_with_its_log(
-    tiny_model: Path, rollouts: Sequence[Rollout]
+    tiny_model: Path, tokenizer: Tokenizer, rollouts: Sequence[Rollout]
 ) -> None:
-    teacher = build(EmbeddedConfig(model=str(tiny_model), attempts=50, backoff_s=5.0))
+    teacher = build(EmbeddedConfig(model=str(tiny_model), attempts=50, backoff_s=5.0), tokenizer)
     assert isinstance(teacher, EmbeddedTeacher)
     os.kill(teacher.pid, signal.SIGKILL)
     began = time.monotonic()
@@ -108,25 +110,25 @@ def test_the_child_ends_when_its_parent_does(tiny_model: Path, number: signal.Si
         assert gone(child, 5.0)
 
 
-def test_a_missing_model_folder_is_a_config_error(tmp_path: Path) -> None:
+def test_a_missing_model_folder_is_a_config_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model at"):
-        build(EmbeddedConfig(model=str(tmp_path / "nowhere"), tokenizer="unused"))
+        build(EmbeddedConfig(model=str(tmp_path / "nowhere")), tokenizer)
 
 
 def test_a_model_that_cannot_be_served_is_a_config_error_in_the_childs_words(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(ConfigError, match="model_type is 'mamba'"):
-        build(EmbeddedConfig(model=str(folder)))
+        build(EmbeddedConfig(model=str(folder)), tokenizer)
 
 
-def test_a_start_that_takes_too_long_is_unavailable(tiny_model: Path) -> None:
+def test_a_start_that_takes_too_long_is_unavailable(tiny_model: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(TeacherUnavailable, match=r"did not listen within 0\.05 s"):
-        build(EmbeddedConfig(model=str(tiny_model), start_timeout_s=0.05))
+        build(EmbeddedConfig(model=str(tiny_model), start_timeout_s=0.05), tokenizer)
 
 
 def test_a_fork_of_the_parent_does_not_keep_the_child(tiny_model: Path) -> None:

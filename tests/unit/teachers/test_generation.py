@@ -29,7 +29,7 @@ def asked(tokenizer: Tokenizer, **settings: Any) -> Iterator[tuple[FaultServer, 
     quick = {"backoff_s": 0.01, "request_timeout_s": 10.0, "batch_budget_s": 20.0, "hedge_share": 0.0}
     with FaultServer(vocab_size=tokenizer.vocab_size) as server:
         config = SGLangConfig(endpoint=server.url, tokenizer="unused", **(quick | settings))
-        teacher = SGLangTeacher(config, tokenizer=tokenizer)
+        teacher = SGLangTeacher(config, tokenizer)
         try:
             teacher.check()
             server.bodies.clear()
@@ -161,7 +161,7 @@ def test_the_embedded_teacher_writes_what_its_decoder_would(tiny_model: Path, to
     from jaxdistill.students import load_decoder
 
     decoder = load_decoder(tiny_model)
-    teacher = build(EmbeddedConfig(model=str(tiny_model), max_tokens_per_request=256))
+    teacher = build(EmbeddedConfig(model=str(tiny_model), max_tokens_per_request=256), tokenizer)
     assert isinstance(teacher, EmbeddedTeacher)
     try:
         greedy = teacher.generate(PROMPTS[:2], SEEDS[:2], max_new_tokens=6, temperature=0.0)

@@ -44,11 +44,11 @@ def scores_of(view, k: int, end: bool, seed: int = 0) -> TeacherScores:
 
 
 @pytest.fixture
-def replay(tiny_model: Path) -> Callable[..., ReplayTeacher]:
+def replay(tokenizer: Tokenizer) -> Callable[..., ReplayTeacher]:
     """`replay(folder, top_k=2)` reads a recording."""
 
     def make(folder: Path, **config) -> ReplayTeacher:
-        return ReplayTeacher(ReplayConfig(path=folder, tokenizer=str(tiny_model), name="again", **config))
+        return ReplayTeacher(ReplayConfig(path=folder, name="again", **config), tokenizer)
 
     return make
 
@@ -130,7 +130,7 @@ def test_another_teacher_s_folder_is_refused(tokenizer, rollout, replay, tmp_pat
     with pytest.raises(ConfigError, match=r"holds another teacher's scores .*canary"):
         ScoreRecorder(tmp_path, identity(tokenizer, canary=-3.0), tolerance=0.1)
     with pytest.raises(ConfigError, match="was recorded with tokenizer"):
-        ReplayTeacher(ReplayConfig(path=tmp_path, tokenizer="assets/toy/student"))
+        ReplayTeacher(ReplayConfig(path=tmp_path), Tokenizer.load("assets/toy/student"))
 
 
 def test_recording_goes_on_where_it_stopped_and_the_last_word_counts(tokenizer, rollout, replay, tmp_path):

@@ -54,7 +54,7 @@ def teacher_on(tokenizer: Tokenizer) -> Callable[..., Any]:
     @contextmanager
     def start(*servers: FaultServer, **settings: Any) -> Iterator[SGLangTeacher]:
         endpoint = tuple(one.url for one in servers)
-        teacher = SGLangTeacher(SGLangConfig(endpoint=endpoint, **(QUICK | settings)), tokenizer=tokenizer)
+        teacher = SGLangTeacher(SGLangConfig(endpoint=endpoint, **(QUICK | settings)), tokenizer)
         try:
             yield teacher
         finally:
@@ -332,7 +332,7 @@ def test_nobody_there_is_unavailable_and_says_where(
 
 def test_what_is_no_model_server_is_refused(serving: Callable[..., Any], tokenizer: Tokenizer) -> None:
     with serving(web.Application()) as url:
-        teacher = SGLangTeacher(SGLangConfig(endpoint=url, **QUICK), tokenizer=tokenizer)
+        teacher = SGLangTeacher(SGLangConfig(endpoint=url, **QUICK), tokenizer)
         with pytest.raises(TeacherContractError, match="status 404"):
             teacher.check()
         teacher.close()
@@ -368,7 +368,7 @@ def test_a_missing_key_variable_is_a_config_error(
     monkeypatch.delenv("TEST_TEACHER_KEY", raising=False)
     config = SGLangConfig(endpoint="http://127.0.0.1:1", api_key_env="TEST_TEACHER_KEY", **QUICK)
     with pytest.raises(ConfigError, match="TEST_TEACHER_KEY"):
-        SGLangTeacher(config, tokenizer=tokenizer)
+        SGLangTeacher(config, tokenizer)
 
 
 def test_what_the_tokenizer_cannot_give_is_a_config_error(
@@ -376,16 +376,17 @@ def test_what_the_tokenizer_cannot_give_is_a_config_error(
 ) -> None:
     url = "http://127.0.0.1:1"
     with pytest.raises(ConfigError, match=r"teacher\.top_k is 5000"):
-        SGLangTeacher(SGLangConfig(endpoint=url, top_k=5000, **QUICK), tokenizer=tokenizer)
+        SGLangTeacher(SGLangConfig(endpoint=url, top_k=5000, **QUICK), tokenizer)
     monkeypatch.setattr(tokenizer, "roles", {})
     with pytest.raises(ConfigError, match=r"end_logprobs: no token of .* plays the role 'end_of_turn'"):
-        SGLangTeacher(SGLangConfig(endpoint=url, end_logprobs=True, **QUICK), tokenizer=tokenizer)
+        SGLangTeacher(SGLangConfig(endpoint=url, end_logprobs=True, **QUICK), tokenizer)
 
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_the_genuine_application_scores_as_the_decoder(
     serving: Callable[..., Any],
     tiny_model: Path,
+    tokenizer: Tokenizer,
     rollouts: Sequence[Rollout],
     monkeypatch: pytest.MonkeyPatch,
     flat: bool,
@@ -410,17 +411,16 @@ def test_the_genuine_application_scores_as_the_decoder(
     with serving(make_app(*parts, api_key=KEY)) as url:
         settings: dict[str, Any] = {
             **QUICK,
-            "tokenizer": str(tiny_model),
             "endpoint": url,
             "top_k": 5,
             "end_logprobs": True,
             "max_tokens_per_request": 160,
         }
-        refused = SGLangTeacher(SGLangConfig(**settings))
+        refused = SGLangTeacher(SGLangConfig(**settings), tokenizer)
         with pytest.raises(TeacherContractError, match=r"401: Unauthorized.*api_key_env"):
             refused.check()
         refused.close()
-        teacher = SGLangTeacher(SGLangConfig(**settings, api_key_env="TEST_TEACHER_KEY"))
+        teacher = SGLangTeacher(SGLangConfig(**settings, api_key_env="TEST_TEACHER_KEY"), tokenizer)
         identity = teacher.check()
         assert identity.model_type == "llama" and identity.tokenizer_checked
         scores = teacher.score(rollouts)
