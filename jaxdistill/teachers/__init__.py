@@ -1,5 +1,6 @@
 """Teachers: who scores the student's responses. One entry in `BUILDERS` a kind."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,10 +14,12 @@ from jaxdistill.teachers.config import (
     TeacherConfig,
 )
 from jaxdistill.teachers.embedded import EmbeddedTeacher
-from jaxdistill.teachers.identity import TeacherIdentity
+from jaxdistill.teachers.identity import TeacherIdentity, tokenizer_doubt
 from jaxdistill.teachers.replay import ReplayTeacher
 from jaxdistill.teachers.routing import Routes, Teachers
 from jaxdistill.teachers.sglang import SGLangTeacher
+
+logger = logging.getLogger(__name__)
 
 BUILDERS: Mapping[str, Callable[[Any], SGLangTeacher | EmbeddedTeacher | ReplayTeacher]] = {
     "sglang": SGLangTeacher,
@@ -39,12 +42,15 @@ def build(config: TeacherConfig) -> Teacher:
 
 
 def build_all(configs: Sequence[TeacherConfig], *, seed: int) -> Teachers:
-    """The teachers of a run, each reached and answering; raises as `build` does."""
+    """The teachers of a run, each reached and answering; raises as `build` does. A tokenizer that nothing
+    proves to be the served model's own is warned of."""
     with ExitStack() as undo:
         members: list[Teacher] = []
         for config in configs:
             members.append(build(config))
             undo.callback(members[-1].close)
+            if doubt := tokenizer_doubt(members[-1].identity, members[-1].tokenizer):
+                logger.warning("%s", doubt)
         undo.pop_all()
     return Teachers(members, Routes(configs, seed))
 
@@ -68,4 +74,5 @@ __all__ = [
     "build_all",
     "teacher_view",
     "teacher_views",
+    "tokenizer_doubt",
 ]
