@@ -90,7 +90,7 @@ def examine_teacher(settings: TeacherConfig, student: Side, prompts: int) -> Non
 
 def _identity_lines(teacher: Teacher) -> list[str]:
     it = teacher.identity
-    doubt = tokenizer_doubt(it, teacher.tokenizer)
+    doubt = tokenizer_doubt(teacher)
     return [
         f"  serves {it.model} ({it.model_type}), weights {it.weight_version!r}, reads {it.longest:,} tokens",
         "  tokenizer is the served model's own" if doubt is None else f"  WARNING  {doubt}",

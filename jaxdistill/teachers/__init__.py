@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from jaxdistill.teachers.base import Teacher, View, teacher_view, teacher_views
+from jaxdistill.teachers.base import Teacher, View, teacher_view, teacher_views, tokenizer_doubt
 from jaxdistill.teachers.config import (
     EmbeddedConfig,
     ReplayConfig,
@@ -14,7 +14,7 @@ from jaxdistill.teachers.config import (
     TeacherConfig,
 )
 from jaxdistill.teachers.embedded import EmbeddedTeacher
-from jaxdistill.teachers.identity import TeacherIdentity, tokenizer_doubt
+from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.teachers.replay import ReplayTeacher
 from jaxdistill.teachers.routing import Routes, Teachers
 from jaxdistill.teachers.sglang import SGLangTeacher
@@ -49,7 +49,7 @@ def build_all(configs: Sequence[TeacherConfig], *, seed: int) -> Teachers:
         for config in configs:
             members.append(build(config))
             undo.callback(members[-1].close)
-            if doubt := tokenizer_doubt(members[-1].identity, members[-1].tokenizer):
+            if doubt := tokenizer_doubt(members[-1]):
                 logger.warning("%s", doubt)
         undo.pop_all()
     return Teachers(members, Routes(configs, seed))

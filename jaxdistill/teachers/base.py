@@ -51,6 +51,22 @@ class Teacher(Protocol):
         ...
 
 
+def tokenizer_doubt(teacher: Teacher) -> str | None:
+    """What a user is to be warned of where nothing proves that the teacher's tokenizer is the served model's
+    own; None where the server's ids were compared.
+
+    Of what a server says without being asked about ids, nothing is a proof: SGLang names its model and a
+    tokenizer's folder, which mean nothing here, and no size of its vocabulary.
+    """
+    if teacher.identity.tokenizer_checked:
+        return None
+    return (
+        f"teacher {teacher.name!r}: nothing proves that {teacher.tokenizer.where} is the tokenizer of the "
+        f"served model {teacher.identity.model}, since its server keeps none to compare with; see that "
+        "teacher.tokenizer is the served model's own (where it is left out, the student's is taken)"
+    )
+
+
 def teacher_view(
     tokenizer: Tokenizer, rollout: Rollout, template_kwargs: Mapping[str, Any] | None = None
 ) -> View:

@@ -117,7 +117,7 @@ def check_tokenizer(
     """Compare the configured tokenizer with the served model's by what single ids stand for.
 
     `post` sends a `/generate` body and returns the decoded reply. Returns false where the server keeps no
-    tokenizer, so that there is nothing to compare with (see `tokenizer_doubt`). Raises `ConfigError` for
+    tokenizer, so that there is nothing to compare with (see `base.tokenizer_doubt`). Raises `ConfigError` for
     another tokenizer, and `TeacherContractError` where the server refuses the ids: its vocabulary is smaller.
     """
     words, controls, end = _known_texts(tokenizer)
@@ -145,22 +145,6 @@ def check_tokenizer(
                 "teacher.tokenizer to the served model's own (where it is left out, the student's is taken)"
             )
     return compared
-
-
-def tokenizer_doubt(identity: TeacherIdentity, tokenizer: Tokenizer) -> str | None:
-    """What a user is to be warned of where nothing proves that `tokenizer` is the served model's own; None
-    where its ids were compared.
-
-    Of what a server says without being asked about ids, nothing is a proof: SGLang names its model and a
-    tokenizer's folder, which mean nothing here, and no size of its vocabulary.
-    """
-    if identity.tokenizer_checked:
-        return None
-    return (
-        f"teacher {identity.name!r}: nothing proves that {tokenizer.where} is the tokenizer of the served "
-        f"model {identity.model}, since its server keeps none to compare with; see that teacher.tokenizer is "
-        "the served model's own (where it is left out, the student's is taken)"
-    )
 
 
 def _known_texts(tokenizer: Tokenizer) -> tuple[dict[int, str], dict[int, str], int]:

@@ -19,7 +19,6 @@ from jaxdistill.teachers.identity import (
     canary_row,
     check_tokenizer,
     longest_row,
-    tokenizer_doubt,
 )
 from jaxdistill.text import Tokenizer
 
@@ -159,14 +158,6 @@ def test_a_smaller_vocabulary_is_refused_where_there_are_no_texts(
     assert not check_tokenizer(silent, tokenizer, 127, WHERE)
     with pytest.raises(TeacherContractError, match=r"\[0, 200\).*where it is left out, the student's"):
         check_tokenizer(small, tokenizer, 127, WHERE)
-
-
-def test_a_tokenizer_is_doubted_where_its_ids_were_not_compared(tokenizer: Tokenizer) -> None:
-    assert tokenizer_doubt(FOUND, tokenizer) is None
-    doubt = tokenizer_doubt(replace(FOUND, tokenizer_checked=False), tokenizer)
-    assert doubt is not None
-    for words in ("teacher 'teacher'", tokenizer.where, "served model models/one", "the student's is taken"):
-        assert words in doubt
 
 
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.23"])
