@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdistill.records import CONTENT, ROLE_NAMES, Prompt, Rollout, TeacherScores, TokenSpans
+from jaxdistill.records import CONTENT, ROLE_NAMES, Prompt, Rollout, TeacherScores, TokenSpans, Unscored
 from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.text import Tokenizer, concatenate
@@ -34,10 +34,18 @@ class Teacher(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
-    ) -> list[Written]:
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[Written | Unscored]:
         """The teacher's own response to each prompt, in the order given, drawn from its seed (in [0, 2**31))
-        where the server heeds seeds; temperature 0 takes the most likely token each time.
+        where the server heeds seeds; temperature 0 takes the most likely token each time, `top_p` below 1
+        draws from the fewest tokens that have that much of the probability. A prompt it has no room for comes
+        back as `Unscored`.
 
         Raises as `score` does, and `ConfigError` where this kind of teacher cannot write."""
         ...
