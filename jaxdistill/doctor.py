@@ -23,7 +23,15 @@ from jaxdistill.errors import JaxDistillError
 from jaxdistill.inputs import read_inputs
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig
-from jaxdistill.teachers import ReplayConfig, Routes, ServedSettings, Teacher, TeacherConfig, build
+from jaxdistill.teachers import (
+    ReplayConfig,
+    Routes,
+    ServedSettings,
+    Teacher,
+    TeacherConfig,
+    build,
+    tokenizer_doubt,
+)
 from jaxdistill.text import Tokenizer, concatenate
 
 QUESTION = Prompt([{"role": "user", "content": "Write something."}], 0, "doctor")
@@ -82,12 +90,10 @@ def examine_teacher(settings: TeacherConfig, student: Side, prompts: int) -> Non
 
 def _identity_lines(teacher: Teacher) -> list[str]:
     it = teacher.identity
-    known = (
-        "is the served model's own" if it.tokenizer_checked else "could not be compared: the server has none"
-    )
+    doubt = tokenizer_doubt(teacher)
     return [
         f"  serves {it.model} ({it.model_type}), weights {it.weight_version!r}, reads {it.longest:,} tokens",
-        f"  tokenizer {known}",
+        "  tokenizer is the served model's own" if doubt is None else f"  WARNING  {doubt}",
         f"  canary {np.mean(it.canary):.3f} nats a token over {len(it.canary)} tokens",
     ]
 

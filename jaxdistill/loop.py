@@ -1,7 +1,7 @@
 """The run, on one screen."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from jaxdistill.batch import Batch, Mean
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collected, Collector
 from jaxdistill.data import PromptStream
-from jaxdistill.errors import JaxDistillError, NonFiniteError
+from jaxdistill.errors import JaxDistillError, NonFiniteError, TeacherContractError
 from jaxdistill.evaluation import Evaluator, samples_of
 from jaxdistill.metrics import MetricsLog, RowFile, SampleLog, Stopwatch
+from jaxdistill.records import Rollout
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows
 from jaxdistill.step import Metrics, TrainState
@@ -26,7 +27,8 @@ EXAMPLES = 8  # training responses in the sample table of a run without held-out
 @dataclass(frozen=True)
 class Run:
     """Everything a run is made of; built by `assemble`. `example_every`: how often training responses go
-    into the sample table, None where held-out ones do. `quarantine`: responses that got no scores."""
+    into the sample table, None where held-out ones do. `quarantine`: responses that got no scores,
+    and prompts that got no response."""
 
     dir: Path
     steps: int
@@ -67,7 +69,7 @@ def train(run: Run) -> TrainState:
             if run.evaluator.due(step):
                 evaluate(run, state.params, step)
             collected = run.collect(next(run.prompts), version=step)
-            set_aside(run, step, collected.scored)
+            set_aside(run, step, collected.rollouts, collected.scored)
         except JaxDistillError:  # the state before the step is sound, whatever the data or teacher did
             run.metrics.flush()
             run.checkpoints.save(step, state, position)
@@ -93,16 +95,26 @@ def evaluate(run: Run, params: Any, step: int) -> None:
         evaluation = run.evaluator(run.policy, params, step)
     run.metrics.log(step, {f"eval/{name}": mean.value for name, mean in evaluation.metrics.items()})
     run.samples.log(step, evaluation.samples)
-    set_aside(run, step, evaluation.scored)
+    if evaluation.scored is not None:
+        set_aside(run, step, evaluation.scored.rollouts, evaluation.scored)
 
 
-def set_aside(run: Run, step: int, scored: Scored | None) -> None:
-    """Keep the responses the teachers gave no scores for, with the reason; the objective masks them.
+def set_aside(run: Run, step: int, rollouts: Sequence[Rollout], scored: Scored | None) -> None:
+    """Keep the responses the teachers gave no scores for, and the prompts they did not answer, with the
+    reason; the objective masks them. `scored` are the same rollouts, None where they are not scored.
 
     Raises `TeacherContractError` where they are too many to go on."""
-    if scored is not None and run.teachers is not None:
-        run.quarantine.append([{"step": step, **row} for row in unscored_rows(scored)])
+    if run.teachers is None:
+        return
+    reasons = [one.unwritten for one in rollouts] if scored is None else [s.unscored for s in scored.scores]
+    rows = unscored_rows(rollouts, reasons, run.teachers.routes)
+    run.quarantine.append([{"step": step, **row} for row in rows])
+    if scored is not None:
         run.teachers.check_share(scored.scores)
+    elif len(rows) == len(rollouts):
+        raise TeacherContractError(
+            f"none of {len(rows)} prompts got a response; the first: {rows[0]['detail']}"
+        )
 
 
 def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str, Mean]) -> dict[str, float]:

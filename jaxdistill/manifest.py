@@ -5,7 +5,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -19,26 +19,37 @@ from jaxdistill.students import Decoder
 from jaxdistill.teachers import ServedSettings, TeacherIdentity, Teachers
 
 
+class _Recorded(NamedTuple):
+    """What a resumed run is compared with: the fingerprints of a manifest by the names of their fields, and
+    the teachers by their names in the config."""
+
+    fingerprints: Mapping[str, str]
+    teachers: Mapping[str, TeacherIdentity]
+
+
 def write_manifest(folder: Path, config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> None:
-    """Write manifest.json into the run's folder. A run that goes on there must have the teachers it began
-    with: `TeacherContractError` else, and the file stays as it was."""
+    """Write manifest.json into the run's folder. A run that goes on there must have the student's tokenizer,
+    the chat templates (`ConfigError` else) and the teachers (`TeacherContractError`) it began with; where it
+    has not, the file stays as it was."""
     path = folder / "manifest.json"
-    identities = {} if teachers is None else {name: one.identity for name, one in teachers.members.items()}
+    facts = manifest(config, inputs, teachers)
     if has_begun(folder):
-        # What was first seen stays the measure: a teacher must not drift from resume to resume.
-        identities = {
-            name: _same_teacher(path, config, name, identity) for name, identity in identities.items()
-        }
-    facts = manifest(config, inputs, teachers, identities)
+        before, now = _read(path), _recorded(facts)
+        missing = [name for name in now.teachers if name not in before.teachers]
+        if missing:
+            raise ConfigError(
+                f"{path} says nothing of teacher {missing[0]!r}, although the run has begun; restore it, or "
+                "use another run.dir"
+            )
+        _check_fingerprints(path, before.fingerprints, now.fingerprints)
+        for name, identity in now.teachers.items():
+            _check_teacher(path, config, name, before.teachers[name], identity)
+            # What was first seen stays the measure: a teacher must not drift from resume to resume.
+            facts["teachers"][name]["identity"] = before.teachers[name].to_json()
     write_atomically(path, json.dumps(facts, indent=2).encode() + b"\n")
 
 
-def manifest(
-    config: RunConfig,
-    inputs: Inputs,
-    teachers: Teachers | None,
-    identities: Mapping[str, TeacherIdentity],
-) -> dict[str, Any]:
+def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> dict[str, Any]:
     """Versions, fingerprints, hardware, and who the teachers are."""
     packages = (
         "jaxdistill",
@@ -58,15 +69,16 @@ def manifest(
         "student": {
             "path": config.student.path,
             "tokenizer": inputs.tokenizer.fingerprint,
+            "chat_template": inputs.tokenizer.template_fingerprint,
             "parameters": count_parameters(inputs.decoder),
         },
         "teachers": {
             name: {
-                "same_vocabulary": teachers is not None
-                and teachers.members[name].tokenizer.vocab_fingerprint == inputs.tokenizer.vocab_fingerprint,
-                "identity": identity.to_json(),
+                "same_vocabulary": one.tokenizer.vocab_fingerprint == inputs.tokenizer.vocab_fingerprint,
+                "chat_template": one.tokenizer.template_fingerprint,
+                "identity": one.identity.to_json(),
             }
-            for name, identity in identities.items()
+            for name, one in ({} if teachers is None else teachers.members).items()
         },
         "data": {
             "fingerprint": inputs.prompts.fingerprint,
@@ -76,15 +88,22 @@ def manifest(
     }
 
 
-def _same_teacher(path: Path, config: RunConfig, name: str, now: TeacherIdentity) -> TeacherIdentity:
-    """Who this teacher was when the run began; numbers of another would not belong to those before."""
+def _check_fingerprints(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for the first field that differs."""
+    for field, value in now.items():
+        if value != before[field]:
+            raise ConfigError(
+                f"{path.parent} was begun with another {field} ({before[field][:12]} there, {value[:12]} "
+                "now); give its file the content it had, or use another run.dir"
+            )
+
+
+def _check_teacher(
+    path: Path, config: RunConfig, name: str, before: TeacherIdentity, now: TeacherIdentity
+) -> None:
+    """Raise `TeacherContractError` where a teacher is not who it was when the run began; numbers of another
+    would not belong to those before."""
     settings = next(one for one in config.all_teachers if one.name == name)
-    before = _recorded(path).get(name)
-    if before is None:
-        raise ConfigError(
-            f"{path} says nothing of teacher {name!r}, although the run has begun; restore it, or use "
-            "another run.dir"
-        )
     tolerance = settings.canary_tolerance if isinstance(settings, ServedSettings) else 0.0
     other = before.difference(now, tolerance)
     if other is not None:
@@ -92,18 +111,25 @@ def _same_teacher(path: Path, config: RunConfig, name: str, now: TeacherIdentity
             f"teacher {name!r} is not the one {path.parent} was begun with: {other}; serve that one "
             "again, or use another run.dir"
         )
-    return before
 
 
-def _recorded(path: Path) -> dict[str, TeacherIdentity]:
-    """The teachers of a manifest by their names in the config."""
+def _read(path: Path) -> _Recorded:
     try:
-        entries = json.loads(path.read_text())["teachers"]
-        return {name: TeacherIdentity.from_json(entry["identity"]) for name, entry in entries.items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _recorded(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); restore it, or use another run.dir") from error
+
+
+def _recorded(facts: Mapping[str, Any]) -> _Recorded:
+    student, teachers = facts["student"], facts["teachers"]
+    fingerprints = {
+        # The templates first: a tokenizer's fingerprint holds its template too.
+        "student.chat_template": student["chat_template"],
+        **{f"teachers.{name}.chat_template": one["chat_template"] for name, one in teachers.items()},
+        "student.tokenizer": student["tokenizer"],
+    }
+    identities = {name: TeacherIdentity.from_json(one["identity"]) for name, one in teachers.items()}
+    return _Recorded(fingerprints, identities)
 
 
 def count_parameters(decoder: Decoder) -> int:

@@ -95,6 +95,15 @@ class TokenSpans:
 
 
 @dataclass(frozen=True)
+class Unscored:
+    """Why a response has no scores, or the teacher wrote none: the row was longer than the teacher reads, the
+    reply for it must not be believed, or a replay does not hold it. `detail` is for people."""
+
+    kind: Literal["too_long", "bad_reply", "not_recorded"]
+    detail: str
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A response the student sampled, or a reference in its place. Its ids are kept for ever; nothing
     re-tokenises its text.
@@ -105,7 +114,8 @@ class Rollout:
     they are. A reference of several turns has `assistant_mask`, false on what stands between them (user
     turns, tool output, the template's marks); None: the assistant wrote all of the response. `origin` says
     who wrote it; only the student's own rows have `logprobs` that mean anything. `weight` is how many samples
-    of its prompt the row stands for: a text that would be the same each time is there once.
+    of its prompt the row stands for: a text that would be the same each time is there once. `unwritten` is
+    why the teacher wrote nothing, where it was to: the response is empty then.
     """
 
     prompt: Prompt
@@ -118,15 +128,7 @@ class Rollout:
     assistant_mask: Bool[np.ndarray, " R"] | None = None
     origin: Origin = "student"
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Unscored:
-    """Why a response has no scores: the row was longer than the teacher reads, the reply for it must not
-    be believed, or a replay does not hold it. `detail` is for people."""
-
-    kind: Literal["too_long", "bad_reply", "not_recorded"]
-    detail: str
+    unwritten: Unscored | None = None
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ class RunConfig(StrictConfig):
         return self
 
     def _with_tokenizer(self, teacher: TeacherConfig) -> TeacherConfig:
-        """A teacher that names no tokenizer is taken to have the student's, with its roles; a server whose
-        vocabulary differs is found before the first step."""
+        """A teacher that names no tokenizer is taken to have the student's, with its roles. A server that
+        shows another one is refused before the first step, one that shows none is warned of."""
         if isinstance(teacher, EmbeddedConfig) or teacher.tokenizer is not None:
             return teacher
         student = {"tokenizer": self.student.path, "roles": teacher.roles or self.student.roles}

@@ -14,8 +14,8 @@ from jaxdistill.align.projection import Projector
 from jaxdistill.align.shared import end_of_turn, matching_ids, shared_topk
 from jaxdistill.batch import Mean
 from jaxdistill.metrics import Stopwatch
-from jaxdistill.records import Alignment, Part, Rollout, Signal, Targets, TeacherScores
-from jaxdistill.teachers import Teachers
+from jaxdistill.records import Alignment, Part, Rollout, Signal, Targets, TeacherScores, Unscored
+from jaxdistill.teachers import Routes, Teachers
 from jaxdistill.text import Tokenizer
 
 
@@ -115,22 +115,25 @@ def distillation_metrics(scored: Scored, teachers: Sequence[str] = ()) -> dict[s
     return metrics
 
 
-def unscored_rows(scored: Scored) -> list[dict[str, Any]]:
-    """What quarantine.jsonl keeps of each response that got no scores: whose prompt it answers, who wrote
-    it, and why."""
+def unscored_rows(
+    rollouts: Sequence[Rollout], reasons: Sequence[Unscored | None], routes: Routes
+) -> list[dict[str, Any]]:
+    """What quarantine.jsonl keeps of each response that got no scores, or was never written: whose prompt it
+    answers, who wrote it, and why. `reasons` in the order of the rollouts, None where there is nothing to
+    keep."""
     return [
         {
-            "teacher": s.teacher,
-            "kind": s.unscored.kind,
-            "detail": s.unscored.detail,
+            "teacher": routes.choose(r.prompt),
+            "kind": reason.kind,
+            "detail": reason.detail,
             "source": r.prompt.source,
             "index": r.prompt.index,
             "origin": r.origin,
             # A row that is merely long comes again every epoch; what it holds is in the data.
-            **({} if s.unscored.kind == "too_long" else _content(r)),
+            **({} if reason.kind == "too_long" else _content(r)),
         }
-        for r, s in zip(scored.rollouts, scored.scores, strict=True)
-        if s.unscored is not None
+        for r, reason in zip(rollouts, reasons, strict=True)
+        if reason is not None
     ]
 
 

@@ -19,8 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-# Many tests, and the runs they start, compile the same programs: the first to do so writes them where all workers of
-# this call find them. Nothing outlives the call.
+# Many tests, and the runs they start, compile the same programs: the first to do so writes them where all
+# workers of this call find them. Nothing outlives the call.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="jaxdistill-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name

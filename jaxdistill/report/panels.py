@@ -23,7 +23,8 @@ class Panel:
 def panels(run: RunData) -> list[Panel]:
     """Every panel the run has data for, in reading order."""
     found = [
-        _reverse_kl(run), _accuracy(run), _alignment(run), _throughput(run), _stages(run),
+        _reverse_kl(run), _accuracy(run), _reward(run), _references(run), _gap(run), _teacher_logprob(run),
+        _alignment(run), _throughput(run), _stages(run),
         _single(run, "loss", "Loss", "objective per token", "The objective as optimised; a policy gradient's "
                 "value need not fall, and its sign means little."),
         _single(run, "grad_norm", "Gradient norm", "global L2 norm", "Before clipping.", zero=True),
@@ -66,6 +67,43 @@ def _reverse_kl(run: RunData) -> Panel | None:
 def _accuracy(run: RunData) -> Panel | None:
     curves = [Curve("held-out prompts", run.series("eval/accuracy"), 1, "points")]
     return _plain("accuracy", "Task accuracy", curves, "On prompts not trained on.", "correct", percent=True)
+
+
+def _reward(run: RunData) -> Panel | None:
+    curves = [
+        *_training(run.series("reward"), "mean score", 5),
+        *_training(run.series("reward_spread"), "prompts with unequal scores", 4),
+    ]
+    note = (
+        "The scorer's word on the student's samples, before normalising. Rewards compared within a prompt "
+        "push only where its samples do not all score the same."
+    )
+    return _plain("reward", "Task reward", curves, note, "score, share of prompts", percent=True)
+
+
+def _references(run: RunData) -> Panel | None:
+    curves = [
+        Curve("student", run.series("eval/references/student_bits_per_byte"), 0, "points"),
+        Curve("teacher", run.series("eval/references/teacher_bits_per_byte"), 1, "points"),
+    ]
+    note = "What each model needs for the held-out reference responses; lower is better."
+    return _plain("references", "Bits for the references", curves, note, "bits per byte", zero=True)
+
+
+def _gap(run: RunData) -> Panel | None:
+    curves = [Curve("references", run.series("eval/references/cross_entropy_gap_per_byte"), 3, "points")]
+    note = (
+        "By how much the teacher predicts the references better, over what is aligned; the forward KL only "
+        "where the teacher wrote them."
+    )
+    return _plain("gap", "Cross-entropy gap", curves, note, "nats per byte")
+
+
+def _teacher_logprob(run: RunData) -> Panel | None:
+    key = "eval/teacher_logprob_per_byte"
+    curves = [Curve("held-out prompts", run.series(key), 1, "points")]
+    note = "How likely the teacher finds what the student says; higher is likelier."
+    return _plain("likelihood", "Teacher's log-probability", curves, note, "nats per byte")
 
 
 def _alignment(run: RunData) -> Panel | None:

@@ -59,7 +59,8 @@ class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens.
 
     `origins`: who answers the prompts (not set: what the objective says). `temperature` is the student's,
-    `teacher_temperature` that of a teacher that writes; 0 takes the most likely token. `reference_turns`:
+    `teacher_temperature` that of a teacher that writes; 0 takes the most likely token. `teacher_top_p` below
+    1 lets it draw from the fewest tokens alone that have that much of the probability. `reference_turns`:
     what is taken from a reference chat with several assistant turns, every one or the last; where a teacher
     scores the references it is always the last, since the teacher reads the turns before through its own
     template.
@@ -70,6 +71,7 @@ class RolloutConfig(StrictConfig):
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
     teacher_temperature: float = Field(default=1.0, ge=0.0)
+    teacher_top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     origins: OriginsConfig | None = None
     reference_turns: Literal["all", "last"] = "all"
     template_kwargs: dict[str, Any] = Field(default_factory=dict)

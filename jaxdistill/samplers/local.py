@@ -51,13 +51,15 @@ def generate(
     max_new_tokens: int,
     temperature: Float32[Array, ""],
     stop_ids: tuple[int, ...],
+    top_p: Float32[Array, ""] | None = None,
 ) -> Generated:
     """Sample `samples` responses for each right-padded prompt; jit with `samples`, `max_new_tokens` and
     `stop_ids` static.
 
     Each prompt is read once and its cache shared out to its samples. A row draws only from its own key
     and step, so its response does not depend on the rest of the batch. Temperature 0 takes the most
-    likely token (and reports its log-probability at temperature 1).
+    likely token (and reports its log-probability at temperature 1). `top_p`: see `nucleus`; None draws from
+    all tokens.
     """
     capacity = prompts.shape[1] + max_new_tokens
     hidden, cache = decoder.prefill(prompts, lengths, capacity)
@@ -71,6 +73,7 @@ def generate(
 
     def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
         logits = jnp.einsum("bd,vd->bv", hidden, embedding, preferred_element_type=jnp.float32) / divisor
+        logits = logits if top_p is None else nucleus(logits, top_p)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         sampled = jax.vmap(jax.random.categorical)(row_keys, logits)
         token = jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
@@ -101,6 +104,16 @@ def generate(
     return jax.lax.while_loop(
         lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), body, start
     ).out
+
+
+def nucleus(logits: Float32[Array, "B V"], top_p: Float32[Array, ""]) -> Float32[Array, "B V"]:
+    """The logits of the fewest tokens whose probabilities sum to `top_p` or more, -inf for all others
+    (Holtzman et al. 2020, section 3.1); tokens as likely as the last of them stay too."""
+    ordered = -jnp.sort(-logits, axis=-1)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 class LocalSampler:

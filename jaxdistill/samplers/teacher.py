@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.records import END_OF_TURN, ROLE_NAMES, Prompt, Rollout, TokenSpans
+from jaxdistill.records import END_OF_TURN, ROLE_NAMES, Prompt, Rollout, TokenSpans, Unscored
 from jaxdistill.samplers.base import RolloutConfig, render_prompt
 from jaxdistill.teachers import Teachers
 from jaxdistill.teachers.base import carry_over
+from jaxdistill.teachers.generation import Written
 from jaxdistill.text import Tokenizer, concatenate
 
 
@@ -21,9 +22,10 @@ class TeacherSampler:
     """Lets each prompt's teacher answer it, and puts the answer into the student's tokens.
 
     The teacher reads the prompt through its own template and writes at most `rollout.max_new_tokens` of its
-    tokens at `rollout.teacher_temperature`. The bytes are encoded by the student's tokenizer, role tokens go
-    over by meaning, and an answer that ended by itself ends with the student's end of turn. What then is
-    longer than `rollout.max_new_tokens` is cut, and has no end.
+    tokens at `rollout.teacher_temperature` and `rollout.teacher_top_p`. The bytes are encoded by the
+    student's tokenizer, role tokens go over by meaning, and an answer that ended by itself ends with the
+    student's end of turn. What then is longer than `rollout.max_new_tokens` is cut, and has no end. A prompt
+    the teacher has no room for becomes a row with an empty response and the reason.
     """
 
     def __init__(self, teachers: Teachers, tokenizer: Tokenizer, config: RolloutConfig, *, seed: int):
@@ -42,21 +44,34 @@ class TeacherSampler:
             [self._seed(version, place, prompt.index) for place, prompt in enumerate(prompts)],
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.teacher_temperature,
+            top_p=self.config.teacher_top_p,
         )
-        carried = carry_over(
-            [(one.response, teacher.tokenizer.vocab_fingerprint) for one, teacher in written], self.tokenizer
-        )
+        responses = [
+            (
+                one.response if isinstance(one, Written) else concatenate([]),
+                teacher.tokenizer.vocab_fingerprint,
+            )
+            for one, teacher in written
+        ]
         return [
-            self._rollout(prompt, ids, spans, one.finished, version)
-            for prompt, ids, spans, (one, _) in zip(prompts, prompt_ids, carried, written, strict=True)
+            self._rollout(prompt, ids, spans, one, version)
+            for prompt, ids, spans, (one, _) in zip(
+                prompts, prompt_ids, carry_over(responses, self.tokenizer), written, strict=True
+            )
         ]
 
     def push(self, params: Any, version: int) -> None:
         """The teacher's answers do not depend on the student's weights."""
 
     def _rollout(
-        self, prompt: Prompt, prompt_ids: np.ndarray, response: TokenSpans, finished: bool, version: int
+        self,
+        prompt: Prompt,
+        prompt_ids: np.ndarray,
+        response: TokenSpans,
+        answer: Written | Unscored,
+        version: int,
     ) -> Rollout:
+        finished = isinstance(answer, Written) and answer.finished
         if finished and (not len(response) or int(response.ids[-1]) not in self.tokenizer.stop_ids):
             # The teacher ended with a token that is not its end of turn, or one the server keeps to itself.
             response = concatenate([response, self.tokenizer.role_span(ROLE_NAMES[END_OF_TURN])])
@@ -71,6 +86,7 @@ class TeacherSampler:
             policy_version=version,
             vocabulary=self.tokenizer.vocab_fingerprint,
             origin="teacher",
+            unwritten=answer if isinstance(answer, Unscored) else None,
         )
 
     def _seed(self, *numbers: int) -> int:

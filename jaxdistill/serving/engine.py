@@ -64,16 +64,16 @@ class DecoderEngine:
         outputs = [np.zeros(0, np.int32) for _ in rows]
         wanted = [i for i, row in enumerate(rows) if row.max_new_tokens]
 
-        def shape(i: int) -> tuple[int, int, float, tuple[int, ...]]:
+        def shape(i: int) -> tuple[int, int, float, float, tuple[int, ...]]:
             row = rows[i]
             new = _power_of_two(max(row.max_new_tokens, FEWEST_NEW))
-            return _padded(len(row.ids)), new, row.temperature, tuple(sorted(row.stop_ids))
+            return _padded(len(row.ids)), new, row.temperature, row.top_p, tuple(sorted(row.stop_ids))
 
-        def most(key: tuple[int, int, float, tuple[int, ...]]) -> int:
+        def most(key: tuple[int, int, float, float, tuple[int, ...]]) -> int:
             return self.max_batch_tokens // (key[0] + key[1])
 
         for key, count, members in _batches(wanted, shape, most):
-            length, new, temperature, stop_ids = key
+            length, new, temperature, top_p, stop_ids = key
             tokens = _right_padded([rows[i].ids for i in members], count, length)
             lengths = np.ones(count, np.int32)  # padding rows read one token
             seeds = np.zeros(count, np.uint32)
@@ -88,6 +88,7 @@ class DecoderEngine:
                     lengths,
                     seeds,
                     np.float32(temperature),
+                    None if top_p == 1 else np.float32(top_p),  # without it nothing is sorted
                     max_new_tokens=new,
                     stop_ids=stop_ids,
                 )
@@ -152,6 +153,7 @@ def _sample(
     lengths: Int32[Array, " B"],
     seeds: UInt32[Array, " B"],
     temperature: Float32[Array, ""],
+    top_p: Float32[Array, ""] | None,
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
@@ -164,6 +166,7 @@ def _sample(
         samples=1,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
         stop_ids=stop_ids,
     )
 

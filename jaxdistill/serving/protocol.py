@@ -31,7 +31,8 @@ class Row:
     Log-probabilities are reported for the prompt positions after `start` (`start == N`: none) and
     for every new token; `logprobs` false means for none at all. `chosen` are ids whose
     log-probability is wanted at each of those positions. Generation ends at a token of `stop_ids`
-    or after `max_new_tokens`; temperature 0 is greedy. `seed` None lets the engine choose.
+    or after `max_new_tokens`; temperature 0 is greedy, `top_p` below 1 draws from the nucleus alone. `seed`
+    None lets the engine choose.
     """
 
     rid: str
@@ -42,6 +43,7 @@ class Row:
     chosen: tuple[int, ...]
     max_new_tokens: int
     temperature: float
+    top_p: float
     stop_ids: frozenset[int]
     seed: int | None
 

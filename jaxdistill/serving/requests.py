@@ -44,12 +44,18 @@ UNSUPPORTED_FIELDS = (
     "session_params",
     "custom_logit_processor",
 )
-SUPPORTED_SAMPLING = ("max_new_tokens", "temperature", "stop_token_ids", "ignore_eos", "sampling_seed")
+SUPPORTED_SAMPLING = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "stop_token_ids",
+    "ignore_eos",
+    "sampling_seed",
+)
 # Known sampling parameters that are accepted only at the value that changes nothing.
 NEUTRAL_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "stop": (None, [], ""),
     "stop_regex": (None, [], ""),
-    "top_p": (None, 1, 1.0),
     "top_k": (None, -1, 1 << 30),
     "min_p": (None, 0, 0.0),
     "frequency_penalty": (None, 0, 0.0),
@@ -298,6 +304,7 @@ def _sampling(params: Any, row: int, limits: Limits, default_stop: frozenset[int
     return {
         "max_new_tokens": new,
         "temperature": _value(params, "temperature", 1.0, _temperature),
+        "top_p": _value(params, "top_p", 1.0, _top_p),
         "stop_ids": frozenset(stop) | (frozenset() if ignore_eos else default_stop),
         "seed": seed,
     }
@@ -327,10 +334,22 @@ def _flag(field: str, value: Any, row: int | None = None) -> bool:
 
 
 def _temperature(field: str, value: Any) -> float:
+    number = _number(field, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise refused_value(f"temperature must be a non-negative number, got {value}.")
+    return number
+
+
+def _top_p(field: str, value: Any) -> float:
+    number = _number(field, value)
+    if not 0 < number <= 1:
+        raise refused_value(f"top_p must be in (0, 1], got {value}.")
+    return number
+
+
+def _number(field: str, value: Any) -> float:
     if type(value) not in (int, float):
         raise refused_type(field, f"must be a number; got {_kind(value)}")
-    if not (math.isfinite(value) and value >= 0):
-        raise refused_value(f"temperature must be a non-negative number, got {value}.")
     return float(value)
 
 

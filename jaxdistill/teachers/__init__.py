@@ -1,10 +1,11 @@
 """Teachers: who scores the student's responses. One entry in `BUILDERS` a kind."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from jaxdistill.teachers.base import Teacher, View, teacher_view, teacher_views
+from jaxdistill.teachers.base import Teacher, View, teacher_view, teacher_views, tokenizer_doubt
 from jaxdistill.teachers.config import (
     EmbeddedConfig,
     ReplayConfig,
@@ -18,6 +19,8 @@ from jaxdistill.teachers.replay import ReplayTeacher
 from jaxdistill.teachers.routing import Routes, Teachers
 from jaxdistill.teachers.sglang import SGLangTeacher
 from jaxdistill.text import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 BUILDERS: Mapping[str, Callable[[Any, Tokenizer], SGLangTeacher | EmbeddedTeacher | ReplayTeacher]] = {
     "sglang": SGLangTeacher,
@@ -41,12 +44,14 @@ def build(config: TeacherConfig, tokenizer: Tokenizer) -> Teacher:
 
 def build_all(configs: Sequence[TeacherConfig], tokenizers: Sequence[Tokenizer], *, seed: int) -> Teachers:
     """The teachers of a run, each reached and answering, with their tokenizers in the same order; raises as
-    `build` does."""
+    `build` does. A tokenizer that nothing proves to be the served model's own is warned of."""
     with ExitStack() as undo:
         members: list[Teacher] = []
         for config, tokenizer in zip(configs, tokenizers, strict=True):
             members.append(build(config, tokenizer))
             undo.callback(members[-1].close)
+            if doubt := tokenizer_doubt(members[-1]):
+                logger.warning("%s", doubt)
         undo.pop_all()
     return Teachers(members, Routes(configs, seed))
 
@@ -70,4 +75,5 @@ __all__ = [
     "build_all",
     "teacher_view",
     "teacher_views",
+    "tokenizer_doubt",
 ]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdistill.records import CONTENT, ROLE_NAMES, Prompt, Rollout, TeacherScores, TokenSpans
+from jaxdistill.records import CONTENT, ROLE_NAMES, Prompt, Rollout, TeacherScores, TokenSpans, Unscored
 from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.text import Tokenizer, concatenate
@@ -34,10 +34,18 @@ class Teacher(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
-    ) -> list[Written]:
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[Written | Unscored]:
         """The teacher's own response to each prompt, in the order given, drawn from its seed (in [0, 2**31))
-        where the server heeds seeds; temperature 0 takes the most likely token each time.
+        where the server heeds seeds; temperature 0 takes the most likely token each time, `top_p` below 1
+        draws from the fewest tokens that have that much of the probability. A prompt it has no room for comes
+        back as `Unscored`.
 
         Raises as `score` does, and `ConfigError` where this kind of teacher cannot write."""
         ...
@@ -49,6 +57,22 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Let go of connections and processes; calling it again does nothing."""
         ...
+
+
+def tokenizer_doubt(teacher: Teacher) -> str | None:
+    """What a user is to be warned of where nothing proves that the teacher's tokenizer is the served model's
+    own; None where the server's ids were compared.
+
+    Of what a server says without being asked about ids, nothing is a proof: SGLang names its model and a
+    tokenizer's folder, which mean nothing here, and no size of its vocabulary.
+    """
+    if teacher.identity.tokenizer_checked:
+        return None
+    return (
+        f"teacher {teacher.name!r}: nothing proves that {teacher.tokenizer.where} is the tokenizer of the "
+        f"served model {teacher.identity.model}, since its server keeps none to compare with; see that "
+        "teacher.tokenizer is the served model's own (where it is left out, the student's is taken)"
+    )
 
 
 def teacher_view(

@@ -101,7 +101,8 @@ class ServedSettings(TeacherSettings):
     )
     too_long: Literal["mask", "truncate", "stop"] = Field(
         default="mask",
-        description="a row beyond the context: no signal, signal on what fits, or the end of the run",
+        description="a row beyond the context: no signal, signal on what fits, or the end of the run; a "
+        "prompt to be answered that leaves no room: no response (the first two), or the end of the run",
     )
     canary_tolerance: float = Field(
         default=0.1,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxdistill.errors import ConfigError, TeacherUnavailable
-from jaxdistill.records import Prompt, Rollout, TeacherScores
+from jaxdistill.records import Prompt, Rollout, TeacherScores, Unscored
 from jaxdistill.teachers.config import EmbeddedConfig
 from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
@@ -77,12 +77,18 @@ class EmbeddedTeacher:
             return self._client.score(rollouts)
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
-    ) -> list[Written]:
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[Written | Unscored]:
         """As `SGLangTeacher.generate`; the same request has the same text."""
         with self._last_words():
             return self._client.generate(
-                prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature
+                prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
             )
 
     def take_counts(self) -> dict[str, int]:

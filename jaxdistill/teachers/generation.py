@@ -8,13 +8,13 @@ Letters: P prompt tokens, M new tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
 
 from jaxdistill.errors import TeacherContractError, TeacherUnavailable
-from jaxdistill.records import TokenSpans
+from jaxdistill.records import TokenSpans, Unscored
 from jaxdistill.teachers.checks import BYTES_A_ROW, OWN_ONLY, ScoringRow, largest_reply, scoring_request
 
 # A new token's id, and its text as JSON writes it: vocabularies hold runs of a hundred spaces, and a sign
@@ -51,19 +51,32 @@ class WritingRow:
 
 
 def writing_row(
-    number: int, prompt: Int32[np.ndarray, " P"], new: int, seed: int, *, longest: int, vocab_size: int
-) -> WritingRow:
+    number: int,
+    prompt: Int32[np.ndarray, " P"],
+    new: int,
+    seed: int,
+    *,
+    longest: int,
+    vocab_size: int,
+    too_long: Literal["mask", "truncate", "stop"],
+) -> WritingRow | Unscored:
     """The row as it may be sent to a server that reads `longest` tokens at most: it writes less where the
     prompt leaves less room.
 
-    Raises `TeacherContractError` for a prompt that is empty, leaves no room, or has an id outside the
-    vocabulary: sent, such a row ends the server or its whole request.
+    A prompt that leaves none is left out ("mask", and "truncate" too: a prompt is never cut), or raises
+    `TeacherContractError` ("stop"). Whatever `too_long` says, so does a prompt that is empty or has an id
+    outside the vocabulary: sent, such a row ends the server or its whole request.
     """
+    what = (
+        f"row {number}: got a prompt of {len(prompt)} teacher tokens, expected 1 to {longest - 1} of the "
+        f"{longest} that the teacher reads"
+    )
     room = longest - len(prompt)
+    if room < 1 and too_long != "stop":
+        return Unscored("too_long", what)
     if not len(prompt) or room < 1:
         raise TeacherContractError(
-            f"row {number}: got a prompt of {len(prompt)} teacher tokens, expected 1 to {longest - 1} of the "
-            f"{longest} that the teacher reads; not sent, serve it with a longer context or drop the prompt"
+            f"{what}; not sent, serve it with a longer context, drop the prompt, or set teacher.too_long"
         )
     bad = np.flatnonzero((prompt < 0) | (prompt >= vocab_size))
     if len(bad):
@@ -75,7 +88,12 @@ def writing_row(
 
 
 def writing_request(
-    rows: Sequence[WritingRow], canary: ScoringRow, *, temperature: float, stop_ids: Sequence[int]
+    rows: Sequence[WritingRow],
+    canary: ScoringRow,
+    *,
+    temperature: float,
+    top_p: float,
+    stop_ids: Sequence[int],
 ) -> dict[str, Any]:
     """The `/generate` body that lets the teacher answer `rows`, and scores the canary after them."""
     scored = scoring_request([canary])
@@ -83,6 +101,7 @@ def writing_request(
         {
             "max_new_tokens": row.new,
             "temperature": temperature,
+            "top_p": top_p,
             "stop_token_ids": list(stop_ids),
             "sampling_seed": row.seed,
         }

@@ -117,10 +117,11 @@ def check_tokenizer(
     """Compare the configured tokenizer with the served model's by what single ids stand for.
 
     `post` sends a `/generate` body and returns the decoded reply. Returns false where the server keeps no
-    tokenizer, so that there is nothing to compare with. Raises `ConfigError` for another tokenizer, and
-    `TeacherContractError` where the server refuses the ids.
+    tokenizer, so that there is nothing to compare with (see `base.tokenizer_doubt`). Raises `ConfigError` for
+    another tokenizer, and `TeacherContractError` where the server refuses the ids: its vocabulary is smaller.
     """
     words, controls, end = _known_texts(tokenizer)
+    compared = True
     for low, high in ((0, min(COMMON_IDS, end)), (COMMON_IDS, end)):
         picked = _spread([i for i in controls if low <= i < high], PROBED_CONTROLS)
         picked += _spread([i for i in words if low <= i < high], PROBED_WORDS)
@@ -130,7 +131,8 @@ def check_tokenizer(
         expected = [controls.get(i) or words[i] for i in ids]
         texts = _served_texts(post, ids, tokenizer.vocab_size, where)
         if all(text is None for text in texts):
-            return False
+            compared = False  # the other ids are asked for all the same: a smaller vocabulary refuses them
+            continue
         wrong = [
             f"id {i} is {text!r:.60} there and {meant!r:.60} here"
             for i, text, meant in zip(ids, texts, expected, strict=True)
@@ -142,7 +144,7 @@ def check_tokenizer(
                 f"{len(ids)} ids {len(wrong)} stand for other texts ({'; '.join(wrong[:3])}); set "
                 "teacher.tokenizer to the served model's own (where it is left out, the student's is taken)"
             )
-    return True
+    return compared
 
 
 def _known_texts(tokenizer: Tokenizer) -> tuple[dict[int, str], dict[int, str], int]:
@@ -190,7 +192,7 @@ def _served_texts(
     except TeacherContractError as error:
         raise TeacherContractError(
             f"{error}; it was asked about ids up to {max(ids)}, check that teacher.tokenizer is the served "
-            "model's own"
+            "model's own (where it is left out, the student's is taken)"
         ) from error
     (read,) = read_reply(reply, [row], asked, vocab_size)
     if isinstance(read, Unscored):

@@ -128,8 +128,14 @@ class ReplayTeacher:
         return [self._score(rollout, view) for rollout, view in zip(rollouts, views, strict=True)]
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
-    ) -> list[Written]:
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[Written | Unscored]:
         """Raises `ConfigError`: a recording holds scores, and writes nothing."""
         raise ConfigError(
             f"teacher {self.name!r} replays recorded scores and cannot write responses; name a live teacher, "

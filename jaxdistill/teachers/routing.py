@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from jaxdistill.errors import ConfigError, TeacherContractError
-from jaxdistill.records import Prompt, Rollout, TeacherScores
+from jaxdistill.records import Prompt, Rollout, TeacherScores, Unscored
 from jaxdistill.teachers.base import Teacher
 from jaxdistill.teachers.config import TeacherSettings
 from jaxdistill.teachers.generation import Written
@@ -79,17 +79,24 @@ class Teachers:
         )
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
-    ) -> list[tuple[Written, Teacher]]:
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[tuple[Written | Unscored, Teacher]]:
         """Each prompt's response by its teacher, and that teacher, in the order given; the teacher that
         writes a response also scores it. Raises as `Teacher.generate` does."""
 
-        def write(teacher: Teacher, rows: Sequence[int]) -> list[tuple[Written, Teacher]]:
+        def write(teacher: Teacher, rows: Sequence[int]) -> list[tuple[Written | Unscored, Teacher]]:
             written = teacher.generate(
                 [prompts[row] for row in rows],
                 [seeds[row] for row in rows],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                top_p=top_p,
             )
             return [(one, teacher) for one in written]
 

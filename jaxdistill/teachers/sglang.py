@@ -39,6 +39,7 @@ from jaxdistill.teachers.checks import (
 )
 from jaxdistill.teachers.config import ServedSettings, SGLangConfig
 from jaxdistill.teachers.generation import (
+    WritingRow,
     Written,
     largest_writing,
     read_written,
@@ -127,7 +128,8 @@ class SGLangTeacher:
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """log p of each response token by the teacher, at temperature 1, in the order given.
 
-        A rollout whose response is empty to the teacher is not sent and has no scores. A row that is too
+        A rollout whose response is empty to the teacher is not sent and has no scores; one that it should
+        have written itself keeps the reason why not. A row that is too
         long, or whose reply is not believed, comes back without tokens and with the reason in `unscored`.
         Asks for the teacher's identity first, where `check` has not been called. Raises
         `TeacherUnavailable`, or `TeacherContractError` where the teacher changed; then no score of the batch
@@ -150,42 +152,66 @@ class SGLangTeacher:
         found |= self._ask(rows, identity)
         self._unscored.update(result.kind for result in found.values() if isinstance(result, Unscored))
         scores = [
-            self._scores(response, found.get(number), identity.weight_version)
-            for number, (_, response) in enumerate(views)
+            # What was never written was counted when it was to be.
+            self._scores(response, found.get(number, rollout.unwritten), identity.weight_version)
+            for number, (rollout, (_, response)) in enumerate(zip(rollouts, views, strict=True))
         ]
         if self._recorder is not None:
             self._recorder.write(views, scores)
         return scores
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
-    ) -> list[Written]:
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[Written | Unscored]:
         """The teacher's own response to each prompt, in the order given; see `Teacher.generate`.
 
         Genuine servers heed the seeds only where they run with `--enable-deterministic-inference`. Raises
-        `TeacherUnavailable`; or `TeacherContractError` where the teacher changed, cannot read a prompt, or
-        answers something else; then no response of the batch is returned.
+        `TeacherUnavailable`; or `TeacherContractError` where the teacher changed, cannot read a prompt (one
+        that is merely too long only where `too_long` is "stop"), or answers something else; then no response
+        of the batch is returned.
         """
         identity = self.identity if self._checked else self.check()
         size, longest = self.tokenizer.vocab_size, identity.longest
         canary = canary_row(self.tokenizer, longest)
-        rows = []
+        answers: dict[int, Written | Unscored] = {}
+        rows: list[WritingRow] = []
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             ids = self.tokenizer.render(
                 prompt.messages, tools=prompt.tools, template_kwargs=self.settings.template_kwargs
             )
             try:
-                rows.append(writing_row(number, ids, max_new_tokens, seed, longest=longest, vocab_size=size))
+                row = writing_row(
+                    number,
+                    ids,
+                    max_new_tokens,
+                    seed,
+                    longest=longest,
+                    vocab_size=size,
+                    too_long=self.settings.too_long,
+                )
             except TeacherContractError as error:  # the row of the data, which is what can be changed
                 raise TeacherContractError(f"{prompt.source} row {prompt.index}: {error}") from error
+            if isinstance(row, Unscored):
+                answers[number] = row
+                self._unscored[row.kind] += 1
+            else:
+                rows.append(row)
         groups = group_rows(rows, max(1, self.settings.max_tokens_per_request - len(canary)))
         stops = sorted(self.tokenizer.stop_ids)
         replies = self._transport.post_all(
             "/generate",
-            [writing_request(group, canary, temperature=temperature, stop_ids=stops) for group in groups],
+            [
+                writing_request(group, canary, temperature=temperature, top_p=top_p, stop_ids=stops)
+                for group in groups
+            ],
             largest_reply=[largest_writing(group, canary) for group in groups],
         )
-        found: list[Written] = []
         for reply, group in zip(replies, groups, strict=True):
             *results, last = _results(reply, len(group) + 1)
             read = [
@@ -198,8 +224,9 @@ class SGLangTeacher:
                 raise TeacherContractError(
                     f"teacher at {reply.endpoint}: its reply does not prove who made it: {unproven}"
                 )
-            found += [Written(self.tokenizer.spans(ids), finished) for ids, finished, _ in read]
-        return found
+            for row, (ids, finished, _) in zip(group, read, strict=True):
+                answers[row.number] = Written(self.tokenizer.spans(ids), finished)
+        return [answers[number] for number in range(len(prompts))]
 
     def take_counts(self) -> dict[str, int]:
         """What happened since the last call: the transport's counts, and rows without scores by reason."""

@@ -268,6 +268,11 @@ class Tokenizer:
         """sha256 of vocabulary, merges, added tokens and chat template."""
         return _digest([*self._identity, self._template.source])
 
+    @property
+    def template_fingerprint(self) -> str:
+        """sha256 of the chat templates in use, whichever file they come from."""
+        return _digest(dict(self._template.templates))
+
     @cached_property
     def vocab_fingerprint(self) -> str:
         """sha256 of all that decides how text becomes ids, and of which id ends a turn; equal means that one

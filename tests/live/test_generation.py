@@ -18,7 +18,10 @@ def answers(server: Server, *, temperature: float, max_new_tokens: int = 40) -> 
     teacher = SGLangTeacher(config, config.load_tokenizer())
     try:
         teacher.check()
-        return teacher.generate(prompts, range(12), max_new_tokens=max_new_tokens, temperature=temperature)
+        found = teacher.generate(prompts, range(12), max_new_tokens=max_new_tokens, temperature=temperature)
+        written = [one for one in found if isinstance(one, Written)]
+        assert len(written) == len(found)
+        return written
     finally:
         teacher.close()
 

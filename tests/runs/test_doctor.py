@@ -54,6 +54,19 @@ def test_what_a_run_would_refuse_is_refused(tmp_path: Path, override: str, words
     assert "nothing stands in the way" not in done.stdout
 
 
+def test_a_tokenizer_that_nothing_proves_is_warned_of(tmp_path: Path) -> None:
+    """No tokenizer is named and the server keeps none: the student's is taken, and may be wrong."""
+    lines = (ROOT / CONFIG).read_text().splitlines(keepends=True)
+    config = tmp_path / "unnamed.yaml"
+    with FaultServer() as server:
+        teacher = f'teacher: {{kind: sglang, endpoint: "{server.url}"}}\n'
+        config.write_text("".join(line for line in lines if not line.startswith("teacher:")) + teacher)
+        done = doctor(config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING  teacher 'teacher': nothing proves that" in done.stdout
+    assert "is the served model's own" not in done.stdout.replace("see that teacher.tokenizer is ", "")
+
+
 def test_one_teacher_in_trouble_does_not_hide_the_other(tmp_path: Path) -> None:
     with FaultServer() as server:
         gone = server.url

@@ -86,3 +86,29 @@ def test_sft_on_what_the_teacher_writes(train, data, tmp_path):
     lines = [sample["response"].rpartition("\n")[2] for sample in samples]
     assert lines == [sample["answer"] for sample in samples]
     assert rows(tmp_path / "run")[0]["teacher/requests"] >= 1
+
+
+def test_a_prompt_the_teacher_has_no_room_for_is_set_aside(train, data, tmp_path):
+    """One of four prompts is longer than the teacher reads: three are learned from, and it has a reason."""
+    lines = [json.loads(line) for line in Path(data).read_text().splitlines()[:4]]
+    lines[2]["messages"][-1]["content"] *= 8
+    Path(data).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    sft = (ROOT / "configs/quickstart.yaml").read_text().splitlines()
+    sft = ["objective: {kind: sft}" if line.startswith("objective:") else line for line in sft]
+    (tmp_path / "sft.yaml").write_text("\n".join(sft))
+    result = train(
+        tmp_path / "run",
+        f"data.path={data}",
+        "run.steps=1",
+        "eval.path=null",
+        "rollout.max_prompt_tokens=400",
+        "rollout.origins.teacher=1.0",
+        "teacher.context_length=100",
+        config=str(tmp_path / "sft.yaml"),
+    )
+    assert result.returncode == 0, result.stderr
+    row = rows(tmp_path / "run")[0]
+    assert row["teacher/too_long"] == 1 and np.isfinite(row["loss"]) and row["loss"] > 0
+    (kept,) = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
+    assert (kept["teacher"], kept["kind"], kept["index"]) == ("teacher", "too_long", 2)
+    assert "of the 100 that the teacher reads" in kept["detail"]

@@ -113,3 +113,26 @@ def test_a_longer_run_goes_on_from_a_shorter_one_but_another_config_does_not(tra
     other = train(folder, "run.steps=3", "optimizer.schedule=constant", "objective.credit=uniform")
     assert other.returncode == 2
     assert "another config" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_an_edited_chat_template_is_another_run_whichever_side_reads_it(train, tmp_path):
+    """Its path is the same; what the prompts look like is not."""
+    overrides = ["run.steps=1", "eval.path=null"]
+    files = {}
+    for side in ("student", "teacher"):
+        config = json.loads((ROOT / f"assets/toy/{side}/tokenizer_config.json").read_text())
+        files[side] = tmp_path / f"{side}.jinja"
+        files[side].write_text(config["chat_template"])
+        overrides.append(f"{side}.chat_template={files[side]}")
+    result = train(tmp_path / "run", *overrides)
+    assert result.returncode == 0, result.stderr
+    manifest = (tmp_path / "run/manifest.json").read_text()
+    for side, field in (("student", "student.chat_template"), ("teacher", "teachers.teacher.chat_template")):
+        text = files[side].read_text()
+        files[side].write_text(text + "{# edited #}")
+        other = train(tmp_path / "run", *overrides)
+        assert other.returncode == 2 and f"another {field} (" in other.stderr, other.stderr
+        assert "Traceback" not in other.stderr
+        files[side].write_text(text)
+    assert (tmp_path / "run/manifest.json").read_text() == manifest
+    assert train(tmp_path / "run", *overrides).returncode == 0

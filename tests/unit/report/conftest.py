@@ -45,6 +45,10 @@ def rows(steps: int, *, evaluate_every: int, seed: int = 0) -> list[dict[str, An
             row["eval/accuracy"] = 0.105 + 0.7 * (1 - np.exp(-4 * part)) + rng.normal(0, 0.01)
             row["eval/reverse_kl_per_byte"] = 0.41 * np.exp(-2.2 * part) + 0.02
             row["eval/coverage"] = 0.99 + 0.009 * part
+            row["eval/teacher_logprob_per_byte"] = -0.7 * np.exp(-2 * part) - 0.1
+            row["eval/references/student_bits_per_byte"] = 0.3 + 0.9 * np.exp(-3 * part)
+            row["eval/references/teacher_bits_per_byte"] = 0.25
+            row["eval/references/cross_entropy_gap_per_byte"] = 0.03 + 0.6 * np.exp(-3 * part)
         if step < steps:
             row |= {
                 "loss": rng.normal(0, 0.04) - 0.2 * np.exp(-3 * part),
@@ -52,6 +56,8 @@ def rows(steps: int, *, evaluate_every: int, seed: int = 0) -> list[dict[str, An
                 "coverage": 1 - 0.02 * np.exp(-3 * part) * rng.uniform(),
                 "exact_fraction": 0.34 + 0.1 * part + rng.normal(0, 0.02),
                 "tokens_per_second": rng.normal(5200, 300) if step else 410.0,
+                "reward": min(1.0, max(0.0, 0.1 + 0.6 * part + rng.normal(0, 0.05))),
+                "reward_spread": min(1.0, max(0.0, 0.4 - 0.2 * part + rng.normal(0, 0.05))),
                 "grad_norm": rng.lognormal(0, 0.4),
                 "learning_rate": 1e-3 * np.cos(np.pi / 2 * part),
                 "recompiles": 0,

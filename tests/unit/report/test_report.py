@@ -117,10 +117,11 @@ def test_a_whole_run_has_every_section(make_run: MakeRun, tmp_path: Path) -> Non
     found = page(run)
     for heading in (
         "Reverse KL per byte", "Task accuracy", "Alignment", "Throughput", "Time per step, by stage", "Loss",
+        "Task reward", "Bits for the references", "Cross-entropy gap", "Teacher's log-probability",
         "Gradient norm", "Samples", "Evaluations", "Configuration", "Versions, fingerprints, hardware",
     ):  # fmt: skip
         assert heading in found.text, heading
-    for axis in ("nats per byte", "response tokens per second", "seconds per step", "step"):
+    for axis in ("nats per byte", "bits per byte", "response tokens per second", "seconds per step", "step"):
         assert axis in found.text, axis
     last = [row for row in read_run(run).rows if "eval/accuracy" in row][-1]
     assert f"{100 * last['eval/accuracy']:.1f} %" in found.text
@@ -209,6 +210,13 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
         ([], ["No step has been recorded"], ["Curves", "Samples", "Details"]),
         ([{"step": 0, "loss": None}], ["Training steps"], ["Curves", "Task accuracy"]),
         ([{"step": 0, "loss": 1.0}], ["Loss"], ["Task accuracy", "Reverse KL", "Samples", "Details"]),
+        ([{"step": 0, "loss": 1.0}], ["Loss"], ["Task reward", "references", "log-probability", "Cross"]),
+        ([{"step": 0, "reward": 0.5}], ["Task reward"], ["references", "unequal scores"]),
+        (
+            [{"step": 0, "eval/references/student_bits_per_byte": 1.5}],  # without a teacher
+            ["Bits for the references"],
+            ["Cross-entropy gap", "log-probability", "Task reward"],
+        ),
         ([{"step": 0, "eval/accuracy": 0.5}], ["Task accuracy", "Evaluations"], ["Loss", "Throughput"]),
         ([{"step": 3, "seconds/train": None, "odd": "text"}], ["Time per step"], ["Loss"]),
     ],

@@ -21,7 +21,9 @@ def decoder() -> Decoder:
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 
 
-def run(decoder, prompts, *, width=5, samples=2, new=8, temperature=1.0, seeds=None, stops=(STOP,)):
+def run(
+    decoder, prompts, *, width=5, samples=2, new=8, temperature=1.0, top_p=None, seeds=None, stops=(STOP,)
+):
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)] = ids
@@ -37,6 +39,7 @@ def run(decoder, prompts, *, width=5, samples=2, new=8, temperature=1.0, seeds=N
             max_new_tokens=new,
             temperature=jnp.float32(temperature),
             stop_ids=stops,
+            top_p=None if top_p is None else jnp.float32(top_p),
         )
     )
 
@@ -100,3 +103,21 @@ def test_samples_follow_the_model_distribution(decoder):
     half = run(decoder, [PROMPTS[0]], samples=count, new=1, temperature=0.5)
     scaled = np.asarray(jax.nn.log_softmax(2.0 * (decoder.output_embedding @ hidden)))
     np.testing.assert_allclose(half.logprobs[:, 0], scaled[half.tokens[:, 0]], atol=1e-4)
+
+
+def test_the_nucleus_is_the_fewest_tokens_with_that_much_of_the_probability(decoder):
+    """4,000 first tokens against the softmax of the nucleus alone, within four standard errors each."""
+    count, top_p = 4000, 0.6
+    hidden = decoder(jnp.asarray([PROMPTS[0]], jnp.int32))[0, -1]
+    whole = np.asarray(jax.nn.softmax(2.0 * (decoder.output_embedding @ hidden)))
+    order = np.argsort(-whole)
+    size = int(np.searchsorted(np.cumsum(whole[order]), top_p)) + 1
+    assert 1 < size < VOCAB and whole[order[: size - 1]].sum() < top_p <= whole[order[:size]].sum()
+    expected = np.zeros(VOCAB)
+    expected[order[:size]] = whole[order[:size]] / whole[order[:size]].sum()
+    out = run(decoder, [PROMPTS[0]], samples=count, new=1, temperature=0.5, top_p=top_p)
+    drawn = out.tokens[:, 0]
+    seen = np.bincount(drawn, minlength=VOCAB) / count
+    assert set(drawn.tolist()) == set(order[:size].tolist())
+    assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / count) + 1e-3).all()
+    np.testing.assert_allclose(out.logprobs[:, 0], np.log(expected[drawn]), atol=1e-4)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdistill.records import Prompt
+from jaxdistill.records import Prompt, Unscored
 from jaxdistill.samplers import RolloutConfig, TeacherSampler
 from jaxdistill.teachers import Teachers
 from jaxdistill.teachers.generation import Written
@@ -18,7 +18,7 @@ PROMPTS = [Prompt([{"role": "user", "content": "Why?"}], i, "t") for i in range(
 class Told(Teachers):
     """Teachers that answer what they are told to, and keep how they were asked."""
 
-    def __init__(self, tokenizer: Tokenizer, answers: Sequence[Written]):
+    def __init__(self, tokenizer: Tokenizer, answers: Sequence[Written | Unscored]):
         self.tokenizer = tokenizer
         self.answers = answers
         self.asked: list[dict[str, Any]] = []
@@ -38,7 +38,9 @@ def teacher() -> Tokenizer:
     return Tokenizer.load("assets/toy/teacher")
 
 
-def rows(student: Tokenizer, teacher: Tokenizer, answers: Sequence[Written], **settings: Any) -> list[Any]:
+def rows(
+    student: Tokenizer, teacher: Tokenizer, answers: Sequence[Written | Unscored], **settings: Any
+) -> list[Any]:
     told = Told(teacher, answers)
     sampler = TeacherSampler(told, student, RolloutConfig(**settings), seed=3)
     return sampler.sample(PROMPTS[: len(answers)], 5)
@@ -84,6 +86,24 @@ def test_what_has_no_room_is_cut_and_has_no_end(student: Tokenizer, teacher: Tok
     assert cut.response.ids.tolist() == whole.response.ids.tolist()[:-1]
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_a_prompt_the_teacher_has_no_room_for_is_an_empty_row_with_the_reason(
+    student: Tokenizer, teacher: Tokenizer, same: bool
+) -> None:
+    why = Unscored("too_long", "made so")
+    tokens = student if same else teacher
+    missing, there = rows(student, tokens, [why, Written(tokens.encode("so."), True)])
+    assert missing.unwritten is why and there.unwritten is None
+    assert len(missing.response) == len(missing.logprobs) == 0 and not missing.finished
+    assert missing.origin == "teacher" and there.response.text == "so." and there.finished
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.1, 1.01])
+def test_a_share_of_the_probability_that_is_none_is_refused(top_p: float) -> None:
+    with pytest.raises(ValueError, match="teacher_top_p"):
+        RolloutConfig(teacher_top_p=top_p)
+
+
 def test_ids_of_the_same_vocabulary_stay_as_they_were_drawn(student: Tokenizer) -> None:
     """Another cut of the same text would be another sample."""
     odd = concatenate([student.encode("a"), student.encode("b"), student.role_span("end_of_turn")])
@@ -95,11 +115,12 @@ def test_seeds_hang_on_the_run_the_step_and_the_place(student: Tokenizer, teache
     told = Told(teacher, [Written(teacher.encode("x"), False)] * 4)
 
     def seeds(seed: int, version: int) -> list[int]:
-        config = RolloutConfig(teacher_temperature=0.5, max_new_tokens=9)
+        config = RolloutConfig(teacher_temperature=0.5, teacher_top_p=0.8, max_new_tokens=9)
         TeacherSampler(told, student, config, seed=seed).sample(PROMPTS, version)
         assert {k: v for k, v in told.asked[-1].items() if k != "seeds"} == {
             "max_new_tokens": 9,
             "temperature": 0.5,
+            "top_p": 0.8,
         }
         return told.asked[-1]["seeds"]
 

@@ -41,6 +41,7 @@ def make_row(ids: Sequence[int], **more: object) -> Row:
         "chosen": (),
         "max_new_tokens": 0,
         "temperature": 0.0,
+        "top_p": 1.0,
         "stop_ids": frozenset(),
         "seed": None,
     }

@@ -1,6 +1,6 @@
 """A teacher that writes: what it is asked, what of its answer is believed, and that it is the same one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
-from jaxdistill.records import Prompt
+from jaxdistill.records import Prompt, Rollout, Unscored
 from jaxdistill.teachers import EmbeddedConfig, EmbeddedTeacher, ReplayConfig, Routes, Teachers, build
 from jaxdistill.teachers.config import SGLangConfig
-from jaxdistill.teachers.generation import largest_writing, writing_request, writing_row
+from jaxdistill.teachers.generation import (
+    WritingRow,
+    Written,
+    largest_writing,
+    writing_request,
+    writing_row,
+)
 from jaxdistill.teachers.identity import canary_row
 from jaxdistill.teachers.replay import ReplayTeacher
 from jaxdistill.teachers.sglang import SGLangTeacher
@@ -38,11 +44,17 @@ def asked(tokenizer: Tokenizer, **settings: Any) -> Iterator[tuple[FaultServer, 
             teacher.close()
 
 
+def all_written(answers: Sequence[Written | Unscored]) -> list[Written]:
+    """The answers, none of which may be missing."""
+    assert not [one for one in answers if isinstance(one, Unscored)]
+    return [one for one in answers if isinstance(one, Written)]
+
+
 def test_each_prompt_gets_its_own_answer_with_the_canary_in_every_request(tokenizer: Tokenizer) -> None:
     with asked(tokenizer, max_tokens_per_request=90) as (server, teacher):
-        written = teacher.generate(PROMPTS, SEEDS, max_new_tokens=8, temperature=0.7)
+        written = all_written(teacher.generate(PROMPTS, SEEDS, max_new_tokens=8, temperature=0.7, top_p=0.9))
         bodies = list(server.bodies)
-        again = teacher.generate(PROMPTS, SEEDS, max_new_tokens=8, temperature=0.7)
+        again = all_written(teacher.generate(PROMPTS, SEEDS, max_new_tokens=8, temperature=0.7))
     assert [w.response.ids.tolist() for w in written] == [w.response.ids.tolist() for w in again]
     assert len(bodies) > 1
     canary = list(teacher.identity.canary_ids)
@@ -55,7 +67,7 @@ def test_each_prompt_gets_its_own_answer_with_the_canary_in_every_request(tokeni
         assert body["return_logprob"] == [*[False] * len(prompts), True]
         for ids, one in zip(prompts, params, strict=True):
             assert one.pop("sampling_seed") in SEEDS
-            assert one == {"max_new_tokens": 8, "temperature": 0.7, "stop_token_ids": stops}
+            assert one == {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.9, "stop_token_ids": stops}
             seen.append(ids)
     assert seen == [tokenizer.render(prompt.messages).tolist() for prompt in PROMPTS]
     expected = [
@@ -134,8 +146,13 @@ def test_another_model_is_met_in_the_request_it_answers(tokenizer: Tokenizer) ->
 
 def test_a_row_that_would_end_the_server_is_not_sent_and_a_long_prompt_writes_less() -> None:
     ids = np.arange(1, 21, dtype=np.int32)
-    assert writing_row(0, ids, 9, 1, longest=40, vocab_size=50).new == 9
-    assert writing_row(0, ids, 9, 1, longest=24, vocab_size=50).new == 4
+    for longest, new in ((40, 9), (24, 4)):
+        row = writing_row(0, ids, 9, 1, longest=longest, vocab_size=50, too_long="mask")
+        assert isinstance(row, WritingRow) and row.new == new
+    for too_long in ("mask", "truncate"):
+        none = writing_row(3, ids, 9, 1, longest=20, vocab_size=50, too_long=too_long)
+        assert isinstance(none, Unscored) and none.kind == "too_long"
+        assert none.detail.startswith("row 3: got a prompt of 20 teacher tokens, expected 1 to 19")
     for prompt, longest, size, words in [
         (ids, 20, 50, "row 3: got a prompt of 20 teacher tokens, expected 1 to 19"),
         (ids[:0], 20, 50, "got a prompt of 0"),
@@ -143,14 +160,48 @@ def test_a_row_that_would_end_the_server_is_not_sent_and_a_long_prompt_writes_le
         (-ids, 40, 50, "got token id -1"),
     ]:
         with pytest.raises(TeacherContractError, match=words):
-            writing_row(3, prompt, 9, 1, longest=longest, vocab_size=size)
+            writing_row(3, prompt, 9, 1, longest=longest, vocab_size=size, too_long="stop")
+    with pytest.raises(TeacherContractError, match="got a prompt of 0"):
+        writing_row(3, ids[:0], 9, 1, longest=20, vocab_size=50, too_long="mask")
 
 
-def test_a_prompt_without_room_is_named_by_its_row_in_the_data(tokenizer: Tokenizer) -> None:
-    long = Prompt([{"role": "user", "content": "Why? " * 200}], 17, "poems")
+LONG = Prompt([{"role": "user", "content": "Why? " * 200}], 17, "poems")
+
+
+def test_a_prompt_without_room_has_a_reason_and_is_counted(tokenizer: Tokenizer) -> None:
     with asked(tokenizer, context_length=100) as (server, teacher):
+        one, none, other = teacher.generate(
+            [PROMPTS[0], LONG, PROMPTS[1]], SEEDS[:3], max_new_tokens=8, temperature=1.0
+        )
+        alone = teacher.generate(PROMPTS[:2], [SEEDS[0], SEEDS[2]], max_new_tokens=8, temperature=1.0)
+        assert isinstance(none, Unscored) and none.kind == "too_long"
+        for mine, wanted in zip(all_written([one, other]), all_written(alone), strict=True):
+            assert mine.response.ids.tolist() == wanted.response.ids.tolist()
+        assert [len(body["input_ids"]) for body in server.bodies] == [3, 3]
+        assert teacher.take_counts()["too_long"] == 1
+        # As a row it goes on to be scored: not asked for, not counted again, and with its reason.
+        empty = Rollout(
+            LONG,
+            tokenizer.render(LONG.messages),
+            tokenizer.spans([]),
+            np.zeros(0, np.float32),
+            finished=False,
+            policy_version=0,
+            vocabulary="another",
+            origin="teacher",
+            unwritten=none,
+        )
+        (scores,) = teacher.score([empty])
+        assert scores.unscored is none and len(server.bodies) == 2
+        assert teacher.take_counts()["too_long"] == 0
+
+
+def test_a_prompt_without_room_can_end_the_run_and_is_named_by_its_row_in_the_data(
+    tokenizer: Tokenizer,
+) -> None:
+    with asked(tokenizer, context_length=100, too_long="stop") as (server, teacher):
         with pytest.raises(TeacherContractError, match="poems row 17: row 1: got a prompt of"):
-            teacher.generate([PROMPTS[0], long], SEEDS[:2], max_new_tokens=8, temperature=1.0)
+            teacher.generate([PROMPTS[0], LONG], SEEDS[:2], max_new_tokens=8, temperature=1.0)
         assert not server.bodies
 
 
@@ -164,10 +215,15 @@ def test_the_embedded_teacher_writes_what_its_decoder_would(tiny_model: Path, to
     teacher = build(EmbeddedConfig(model=str(tiny_model), max_tokens_per_request=256), tokenizer)
     assert isinstance(teacher, EmbeddedTeacher)
     try:
-        greedy = teacher.generate(PROMPTS[:2], SEEDS[:2], max_new_tokens=6, temperature=0.0)
-        drawn = teacher.generate(PROMPTS, SEEDS, max_new_tokens=6, temperature=1.0)
-        again = teacher.generate(PROMPTS, SEEDS, max_new_tokens=6, temperature=1.0)
-        other = teacher.generate(PROMPTS, [seed + 1 for seed in SEEDS], max_new_tokens=6, temperature=1.0)
+
+        def write(prompts: Sequence[Prompt], seeds: Sequence[int], **how: float) -> list[Written]:
+            return all_written(teacher.generate(prompts, seeds, max_new_tokens=6, **how))
+
+        greedy = write(PROMPTS[:2], SEEDS[:2], temperature=0.0)
+        sure = write(PROMPTS[:2], SEEDS[:2], temperature=1.0, top_p=1e-6)
+        drawn = write(PROMPTS, SEEDS, temperature=1.0)
+        again = write(PROMPTS, SEEDS, temperature=1.0)
+        other = write(PROMPTS, [seed + 1 for seed in SEEDS], temperature=1.0)
         assert teacher.take_counts()["retries"] == 0
     finally:
         teacher.close()
@@ -181,6 +237,8 @@ def test_the_embedded_teacher_writes_what_its_decoder_would(tiny_model: Path, to
         assert one.finished or len(one.response) == 6
     texts = [[one.response.ids.tolist() for one in written] for written in (drawn, again, other)]
     assert texts[0] == texts[1] != texts[2]
+    assert [w.response.ids.tolist() for w in sure] == [w.response.ids.tolist() for w in greedy]
+    assert texts[0][:2] != [w.response.ids.tolist() for w in sure]
 
 
 def test_a_replay_cannot_write(tokenizer: Tokenizer) -> None:
@@ -199,8 +257,8 @@ def test_the_teacher_that_scores_a_prompt_is_the_one_that_answers_it(tokenizer: 
         prompts = [Prompt(p.messages, p.index, "ab"[p.index % 2]) for p in PROMPTS]
         written = teachers.generate(prompts, SEEDS, max_new_tokens=8, temperature=1.0)
         assert [teacher.name for _, teacher in written] == ["one", "other"] * 3 + ["one"]
-        alone = other.generate(PROMPTS, SEEDS, max_new_tokens=8, temperature=1.0)
-        for (both, _), mine in zip(written, alone, strict=True):
+        alone = all_written(other.generate(PROMPTS, SEEDS, max_new_tokens=8, temperature=1.0))
+        for both, mine in zip(all_written([one for one, _ in written]), alone, strict=True):
             assert both.response.ids.tolist() == mine.response.ids.tolist()
         assert [len(b["input_ids"]) for b in first.bodies] == [4 + 1]
         assert [len(b["input_ids"]) for b in second.bodies] == [3 + 1, 7 + 1]
@@ -209,8 +267,8 @@ def test_the_teacher_that_scores_a_prompt_is_the_one_that_answers_it(tokenizer: 
 
 def test_a_request_has_one_entry_of_everything_a_row_and_a_bound_of_its_reply(tokenizer: Tokenizer) -> None:
     canary = canary_row(tokenizer, 100)
-    rows = [writing_row(0, np.ones(3, np.int32), 50, 0, longest=100, vocab_size=50)]
-    body = writing_request(rows, canary, temperature=1.0, stop_ids=[2])
+    rows = [WritingRow(0, np.ones(3, np.int32), 50, 0)]
+    body = writing_request(rows, canary, temperature=1.0, top_p=1.0, stop_ids=[2])
     assert {len(column) for column in body.values()} == {2}
     # Fifty ids, and as text fifty tokens of a hundred signs that JSON writes with six characters each.
     assert largest_writing(rows, canary) > 50 * (10 + 100 * 6)

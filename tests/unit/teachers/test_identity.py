@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxdistill.errors import ConfigError, TeacherContractError
+from jaxdistill.teachers import identity
 from jaxdistill.teachers.identity import (
     CANARY,
     CANARY_TOKENS,
@@ -140,6 +141,32 @@ def test_a_server_without_texts_cannot_be_compared(tokenizer: Tokenizer) -> None
     with pytest.raises(ConfigError, match="is None there"):  # some without texts is another matter
         some = served(tokenizer, lambda index: decode(index) if index % 2 else None)
         check_tokenizer(some, tokenizer, 127, WHERE)
+
+
+def test_a_smaller_vocabulary_is_refused_where_there_are_no_texts(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent in a row, an id that the model lacks would end the server."""
+    monkeypatch.setattr(identity, "COMMON_IDS", 100)
+    silent = served(tokenizer, lambda _: None)
+
+    def small(body: Mapping[str, Any]) -> Any:
+        if body["token_ids_logprob"][0] >= 200:
+            raise TeacherContractError("status 400: valid range is [0, 200)")
+        return silent(body)
+
+    assert not check_tokenizer(silent, tokenizer, 127, WHERE)
+    with pytest.raises(TeacherContractError, match=r"\[0, 200\).*where it is left out, the student's"):
+        check_tokenizer(small, tokenizer, 127, WHERE)
+
+
+@pytest.mark.parametrize("version", ["0.5.15", "0.5.23"])
+def test_nothing_that_a_genuine_server_says_of_itself_proves_a_tokenizer(version: str) -> None:
+    said: set[str] = set()
+    for name in ("model_info", "get_model_info", "server_info", "v1_models"):
+        file = RECORDED / version / f"{name}.json"
+        said |= set(json.loads(file.read_text())["response"]) if file.is_file() else set()
+    assert "tokenizer_path" in said and not [key for key in said if "vocab" in key]
 
 
 def test_the_question_fits_a_short_context(tokenizer: Tokenizer) -> None:

@@ -50,8 +50,14 @@ class Fixed:
         ]
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
-    ) -> list[Written]:
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> list[Written | Unscored]:
         self.seen += [prompt.index for prompt in prompts]
         return [Written(self.tokenizer.encode(f"{self.name} {seed}"), False) for seed in seeds]
 

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
 from jaxdistill.records import Rollout, TeacherScores
+from jaxdistill.teachers import build_all
 from jaxdistill.teachers.base import teacher_view
 from jaxdistill.teachers.config import SGLangConfig
 from jaxdistill.teachers.sglang import SGLangTeacher
@@ -217,6 +218,22 @@ def test_a_server_without_texts_is_used_and_said_to_be_unchecked(
 ) -> None:
     with fake(tokenizer, texts=None) as server, teacher_on(server) as teacher:
         assert not teacher.check().tokenizer_checked
+
+
+def test_a_run_with_such_a_server_begins_with_a_warning(
+    server: FaultServer, tokenizer: Tokenizer, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(one: FaultServer) -> list[str]:
+        caplog.clear()
+        config = SGLangConfig(name="wise", endpoint=one.url, **(QUICK | {"tokenizer": str(tiny_model)}))
+        build_all([config], seed=0).close()
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings(server) == []
+    with fake(tokenizer, texts=None) as silent:
+        (said,) = warnings(silent)
+    for words in ("'wise': nothing proves that", str(tiny_model), "model fault,", "the student's is taken"):
+        assert words in said
 
 
 def test_another_tokenizer_than_the_served_models_is_found_before_any_work(
