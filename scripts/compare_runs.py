@@ -1,6 +1,6 @@
 """Runs side by side: held-out accuracy and reverse KL per byte as one SVG, and a Markdown table.
 
-    python scripts/plot_credit_ablation.py --out docs/credit.svg \
+    python scripts/compare_runs.py --out runs.svg \
         lookahead=runs/lookahead broadcast=runs/broadcast exact=runs/exact
 """
 

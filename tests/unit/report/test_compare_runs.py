@@ -11,7 +11,7 @@ import pytest
 from jaxdistill.metrics import RowFile
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / "scripts" / "plot_credit_ablation.py"
+SCRIPT = ROOT / "scripts" / "compare_runs.py"
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
