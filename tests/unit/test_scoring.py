@@ -8,6 +8,8 @@ import pytest
 from jaxdistill.align import align, project
 from jaxdistill.records import OTHER_SPECIAL, Prompt, Rollout, TeacherScores, TokenSpans, Unscored
 from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows
+from jaxdistill.teachers.config import EmbeddedConfig
+from jaxdistill.teachers.routing import Routes
 
 
 def spans(pieces: list[bytes | int]) -> TokenSpans:
@@ -60,9 +62,9 @@ def test_a_response_that_only_ends_has_no_bytes_but_a_signal():
 def test_a_row_without_scores_is_kept_with_who_wrote_it():
     one = scored([b"a", 1], [], [-1, -1], [])
     rollouts = [replace(one.rollouts[0], origin=origin) for origin in ("student", "reference", "teacher")]
-    whys = [Unscored("bad_reply", "nonsense"), None, Unscored("too_long", "9 tokens")]
-    scores = [replace(one.scores[0], unscored=why) for why in whys]
-    kept = unscored_rows(Scored(rollouts, scores, one.alignments * 3, one.targets * 3))
+    reasons = [Unscored("bad_reply", "nonsense"), None, Unscored("too_long", "9 tokens")]
+    kept = unscored_rows(rollouts, reasons, Routes([EmbeddedConfig(name="wise", model="m")], seed=0))
+    assert {row["teacher"] for row in kept} == {"wise"}
     assert [(row["origin"], row["kind"]) for row in kept] == [
         ("student", "bad_reply"),
         ("teacher", "too_long"),

@@ -226,7 +226,7 @@ def test_a_run_with_such_a_server_begins_with_a_warning(
     def warnings(one: FaultServer) -> list[str]:
         caplog.clear()
         config = SGLangConfig(name="wise", endpoint=one.url, **(QUICK | {"tokenizer": str(tiny_model)}))
-        build_all([config], seed=0).close()
+        build_all([config], [tokenizer], seed=0).close()
         return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
     assert warnings(server) == []
