@@ -54,9 +54,7 @@ CASES: Mapping[str, list[str]] = {
     "xtoken": [*_objective("xtoken"), *TOP_K],
     "alm": _objective("alm"),
     "sum of gkd, beta 0.5, and end_of_turn": [
-        "objective=null",
-        "objective.kind=sum",
-        "objective.terms=[{objective: {kind: gkd}}, {objective: {kind: end_of_turn}, weight: 0.1}]",
+        *_objective("sum", terms="[{objective: {kind: gkd}}, {objective: {kind: end_of_turn}, weight: 0.1}]"),
         "teacher.end_logprobs=true",
         *TOP_K,
     ],

@@ -22,11 +22,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gguf_folder import CACHE
 
 from jaxdistill.errors import DataError, JaxDistillError
 from jaxdistill.metrics.rows import write_atomically
+
+Row = dict[str, Any]  # of a JSONL file
 
 LANGUAGES = ("zh-cn", "zh-tw", "ja", "de", "fr", "es", "it", "pt", "id", "en")
 CHINESE = ("zh-cn", "zh-tw")
@@ -44,20 +47,25 @@ _SECTION = re.compile(r"^(\d+)\.\d+(?:\.\d+)*\. \S")
 def download(language: str, folder: Path) -> str:
     """The book's plain text in `language`. Raises DataError where the package cannot be had."""
     package = f"debian-reference-{language}"
-    for command in (["apt-get", "download", "-q", package], ["dpkg-deb", "-x", f"{package}_*.deb", package]):
-        command = [str(next(folder.glob(part), part)) if "*" in part else part for part in command]
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{error.filename} is not here; the texts are Debian packages, run this on Debian"
-            ) from None
-        if done.returncode:
-            raise DataError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.strip()}")
+    run("apt-get", "download", "-q", package, folder=folder)
+    (archive,) = folder.glob(f"{package}_*.deb")
+    run("dpkg-deb", "-x", archive.name, package, folder=folder)
     texts = sorted((folder / package).rglob("debian-reference.*.txt.gz"))
     if not texts:
         raise DataError(f"{package} holds no debian-reference.*.txt.gz; its layout has changed")
     return gzip.decompress(texts[0].read_bytes()).decode()
+
+
+def run(*command: str, folder: Path) -> None:
+    """Run a command in `folder`. Raises DataError where it is not installed or fails, with what it said."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename} is not here; the texts are Debian packages, run this on Debian"
+        ) from None
+    if done.returncode:
+        raise DataError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.strip()}")
 
 
 def paragraphs(text: str) -> Iterator[tuple[int, str]]:
@@ -104,12 +112,12 @@ def cut(paragraph: str) -> tuple[str, str]:
     raise DataError(f"{paragraph!r} has no place to cut it; leave it out in scripts/fetch_multilingual.py")
 
 
-def rows_of(books: dict[str, str]) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+def rows_of(books: dict[str, str]) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, shuffled. A paragraph that stands in two books was not translated, and is
     only in the English rows."""
     found = {language: list(dict.fromkeys(paragraphs(text))) for language, text in books.items()}
     times = Counter(paragraph for group in found.values() for _, paragraph in group)
-    sides: tuple[dict[str, list[dict[str, object]]], ...] = ({}, {})
+    sides: tuple[dict[str, list[Row]], ...] = ({}, {})
     for language, group in found.items():
         for chapter, paragraph in group:
             part = taken(paragraph)
@@ -125,7 +133,7 @@ def rows_of(books: dict[str, str]) -> tuple[list[dict[str, object]], list[dict[s
     return mixed(sides[0]), mixed(sides[1])
 
 
-def mixed(by_language: dict[str, list[dict[str, object]]]) -> list[dict[str, object]]:
+def mixed(by_language: dict[str, list[Row]]) -> list[Row]:
     """Chinese and other languages in turn, each in an order drawn with a fixed seed, until one runs out."""
     generator = random.Random(0)
     halves = [
@@ -153,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_atomically(
                 path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
             )
-            counts = Counter(str(row["metadata"]["language"]) for row in rows)  # type: ignore[index]
+            counts = Counter(row["metadata"]["language"] for row in rows)
             print(f"{path}: {len(rows)} rows, {dict(sorted(counts.items()))}")
     except JaxDistillError as error:
         print(f"error: {error}", file=sys.stderr)

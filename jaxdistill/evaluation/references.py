@@ -108,11 +108,11 @@ def reference_figures(rollouts: Sequence[Rollout], scored: Scored | None) -> dic
 def _figures_of(side: str, responses: Sequence[tuple[TokenSpans, np.ndarray]]) -> dict[str, Mean]:
     """Bits per byte of the text and log-probability of the ends, from tokens and their log-probabilities in
     nats (float32, one per token). Without a single end the second is left out."""
-    nats = sum(float(logprobs[spans.roles == 0].sum(dtype=np.float64)) for spans, logprobs in responses)
-    size = sum(len(spans.data) for spans, _ in responses)
-    figures = {f"{side}_bits_per_byte": Mean(-nats / math.log(2), float(size))}
-    ends = sum(int(np.count_nonzero(spans.roles)) for spans, _ in responses)
-    if ends:
-        nats = sum(float(logprobs[spans.roles != 0].sum(dtype=np.float64)) for spans, logprobs in responses)
-        figures[f"{side}_end_logprob"] = Mean(nats, float(ends))
-    return figures
+    text = end = size = ends = 0.0
+    for spans, logprobs in responses:
+        text += float(logprobs[spans.roles == 0].sum(dtype=np.float64))
+        end += float(logprobs[spans.roles != 0].sum(dtype=np.float64))
+        size += len(spans.data)
+        ends += np.count_nonzero(spans.roles)
+    figures = {f"{side}_bits_per_byte": Mean(-text / math.log(2), size)}
+    return figures | ({f"{side}_end_logprob": Mean(end, ends)} if ends else {})
