@@ -18,6 +18,15 @@ def data(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def sft(tmp_path: Path) -> str:
+    """The quickstart's config with `sft` in the place of its objective."""
+    lines = (ROOT / "configs/quickstart.yaml").read_text().splitlines()
+    path = tmp_path / "sft.yaml"
+    path.write_text("\n".join("objective: {kind: sft}" if x.startswith("objective:") else x for x in lines))
+    return str(path)
+
+
 @pytest.mark.slow
 def test_a_mixture_of_all_three_resumes_bitwise_and_compiles_once(train, data, tmp_path):
     shares = ("student=[0.0,1.0]", "reference=[0.5,0.0]", "teacher=[0.5,0.0]")
@@ -43,14 +52,11 @@ def test_references_are_scored_and_the_headline_is_of_the_student_alone(train, d
     assert none.returncode == 2 and "has no reference" in none.stderr
 
 
-def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train, data, tmp_path):
+def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train, data, sft, tmp_path):
     small = (f"data.path={data}", "run.steps=2", "eval.prompts=2")
-    sft = (ROOT / "configs/quickstart.yaml").read_text().splitlines()
-    sft = ["objective: {kind: sft}" if line.startswith("objective:") else line for line in sft]
-    (tmp_path / "sft.yaml").write_text("\n".join(sft))
 
     def run(name, *overrides):
-        return train(tmp_path / name, *small, *overrides, config=str(tmp_path / "sft.yaml"))
+        return train(tmp_path / name, *small, *overrides, config=sft)
 
     assert "batch: 4 rows" in run("plan", "--dry-run").stdout
     result = run("run")
@@ -65,11 +71,8 @@ def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train,
     assert rows(tmp_path / "mixed")[0]["loss"] < first["loss"]
 
 
-def test_sft_on_what_the_teacher_writes(train, data, tmp_path):
+def test_sft_on_what_the_teacher_writes(train, data, sft, tmp_path):
     """Sequence-level distillation: the toy teacher is right, so its answers are the data's."""
-    sft = (ROOT / "configs/quickstart.yaml").read_text().splitlines()
-    sft = ["objective: {kind: sft}" if line.startswith("objective:") else line for line in sft]
-    (tmp_path / "sft.yaml").write_text("\n".join(sft))
     result = train(
         tmp_path / "run",
         f"data.path={data}",
@@ -78,7 +81,7 @@ def test_sft_on_what_the_teacher_writes(train, data, tmp_path):
         "eval.every=1",
         "rollout.origins.teacher=1.0",
         "rollout.teacher_temperature=0.0",
-        config=str(tmp_path / "sft.yaml"),
+        config=sft,
     )
     assert result.returncode == 0, result.stderr
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
@@ -88,14 +91,11 @@ def test_sft_on_what_the_teacher_writes(train, data, tmp_path):
     assert rows(tmp_path / "run")[0]["teacher/requests"] >= 1
 
 
-def test_a_prompt_the_teacher_has_no_room_for_is_set_aside(train, data, tmp_path):
+def test_a_prompt_the_teacher_has_no_room_for_is_set_aside(train, data, sft, tmp_path):
     """One of four prompts is longer than the teacher reads: three are learned from, and it has a reason."""
     lines = [json.loads(line) for line in Path(data).read_text().splitlines()[:4]]
     lines[2]["messages"][-1]["content"] *= 8
     Path(data).write_text("".join(json.dumps(row) + "\n" for row in lines))
-    sft = (ROOT / "configs/quickstart.yaml").read_text().splitlines()
-    sft = ["objective: {kind: sft}" if line.startswith("objective:") else line for line in sft]
-    (tmp_path / "sft.yaml").write_text("\n".join(sft))
     result = train(
         tmp_path / "run",
         f"data.path={data}",
@@ -104,7 +104,7 @@ def test_a_prompt_the_teacher_has_no_room_for_is_set_aside(train, data, tmp_path
         "rollout.max_prompt_tokens=400",
         "rollout.origins.teacher=1.0",
         "teacher.context_length=100",
-        config=str(tmp_path / "sft.yaml"),
+        config=sft,
     )
     assert result.returncode == 0, result.stderr
     row = rows(tmp_path / "run")[0]
