@@ -22,6 +22,7 @@ class BatchProjection:
     """`records.Projection` of every row; column t is the state before token t."""
 
     mask: Bool[Array, "B T"]
+    log_support: Float32[Array, "B T"]
     logprob: Float32[Array, "B T"]
     floored: Bool[Array, "B T"]
     ids: Int32[Array, "B T K"]

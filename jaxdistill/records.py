@@ -182,9 +182,15 @@ class Projection:
     next tokens, each once, descending, -1 (with -inf in `logprobs`) where fewer are known; what they lack to
     1 is the tail: everything else, the not known included. Where `mask` is false there is no projection, and
     nothing may be read.
+
+    `log_support[r]` is how likely the teacher finds it to come to this state at all, from the last place
+    before it where the teacher's own reading began a token (natural log, at most 0): the state lies inside
+    that token, or right behind it. Where it is very low the projection is a ratio of tiny probabilities. With
+    one vocabulary no other token reaches over a border, nothing is divided, and it is 0.
     """
 
     mask: Bool[np.ndarray, " R"]
+    log_support: Float32[np.ndarray, " R"]
     logprob: Float32[np.ndarray, " R"]
     floored: Bool[np.ndarray, " R"]
     ids: Int32[np.ndarray, "R K"]

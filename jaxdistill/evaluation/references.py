@@ -20,7 +20,7 @@ from jaxdistill.losses.base import predicted
 from jaxdistill.losses.head import row_statistics
 from jaxdistill.packing import pack
 from jaxdistill.parallel.rules import padded_rows, place_batch
-from jaxdistill.records import Rollout, TokenSpans
+from jaxdistill.records import END_OF_TURN, Rollout, TokenSpans
 from jaxdistill.scoring import Scored, Scoring, response_kl
 from jaxdistill.students import Decoder
 
@@ -107,12 +107,13 @@ def reference_figures(rollouts: Sequence[Rollout], scored: Scored | None) -> dic
 
 def _figures_of(side: str, responses: Sequence[tuple[TokenSpans, np.ndarray]]) -> dict[str, Mean]:
     """Bits per byte of the text and log-probability of the ends, from tokens and their log-probabilities in
-    nats (float32, one per token). Without a single end the second is left out."""
+    nats (float32, one per token). Without a single end the second is left out. Tokens of other roles are in
+    neither."""
     text = end = size = ends = 0.0
     for spans, logprobs in responses:
         text += float(logprobs[spans.roles == 0].sum(dtype=np.float64))
-        end += float(logprobs[spans.roles != 0].sum(dtype=np.float64))
+        end += float(logprobs[spans.roles == END_OF_TURN].sum(dtype=np.float64))
         size += len(spans.data)
-        ends += np.count_nonzero(spans.roles)
+        ends += np.count_nonzero(spans.roles == END_OF_TURN)
     figures = {f"{side}_bits_per_byte": Mean(-text / math.log(2), size)}
     return figures | ({f"{side}_end_logprob": Mean(end, ends)} if ends else {})

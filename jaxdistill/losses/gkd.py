@@ -7,6 +7,7 @@ nothing here depends on where the two tokenizers agree.
 Letters: B rows, T positions, C positions in a tile, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 from pydantic import Field, model_validator
 
-from jaxdistill.batch import Batch
+from jaxdistill.batch import Batch, Mean
 from jaxdistill.losses.base import (
     Metrics,
     Objective,
@@ -36,13 +37,16 @@ class GKDConfig(ObjectiveSettings):
     """Settings of `objective.kind: gkd`.
 
     `beta`: 0 is forward KL (covers the teacher), 1 reverse KL (seeks its modes), between them JSD(beta).
-    `temperature` of both sides. `lmbda` is the share of the prompts the student answers; the others have the
-    data's references, or with `seq_kd` the teacher's own responses.
+    `temperature` of both sides. States the teacher had less than the probability `least_support` of coming to
+    since its last token began (`records.Projection.log_support`) are left out: what is projected there is a
+    ratio of tiny numbers. `lmbda` is the share of the prompts the student answers; the others have the data's
+    references, or with `seq_kd` the teacher's own responses.
     """
 
     kind: Literal["gkd"] = "gkd"
     beta: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
+    least_support: float = Field(default=1e-3, ge=0, lt=1)
     lmbda: float = Field(default=1.0, ge=0, le=1)
     seq_kd: bool = False
 
@@ -79,13 +83,17 @@ class GKD(Objective[GKDConfig]):
 
     def prepare(self, batch: Batch) -> Prepared:
         projection = required(batch.projection, "projection")
-        mask, weight = projection.mask & learning(batch), row_weights(batch)
+        weight, least = row_weights(batch), self.config.least_support
+        supported = projection.log_support >= (math.log(least) if least else -math.inf)
+        known = projection.mask & learning(batch)
+        mask = known & supported
         ids, logprobs = listed(projection.ids, projection.logprobs, mask)
         targets = {"mask": mask, "weight": weight, "ids": ids, "logprobs": logprobs}
+        total = masked_sum(weight, mask)
         return Prepared(
             {name: predicted(x) for name, x in targets.items()},
-            masked_sum(weight, mask),
-            projection_metrics(batch),
+            total,
+            projection_metrics(batch) | {"supported_fraction": Mean(total, masked_sum(weight, known))},
         )
 
     def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:

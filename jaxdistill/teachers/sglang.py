@@ -1,12 +1,11 @@
 """A teacher behind an SGLang server (or anything that speaks its `/generate`).
 
-Joins what may be sent (`checks`), how it travels (`transport`), what is believed (`replies`) and who
-answered (`identity`).
+Joins whom it meets (`handshake`), what may be sent (`checks`), how it travels (`transport`), what is believed
+(`replies`) and who answered (`identity`).
 
 Letters: S teacher response tokens.
 """
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
+from jaxdistill.errors import ConfigError, TeacherContractError
 from jaxdistill.records import (
     END_OF_TURN,
     ROLE_NAMES,
@@ -46,23 +45,12 @@ from jaxdistill.teachers.generation import (
     writing_request,
     writing_row,
 )
-from jaxdistill.teachers.identity import (
-    TeacherIdentity,
-    canary_distance,
-    canary_row,
-    check_tokenizer,
-    longest_row,
-)
+from jaxdistill.teachers.handshake import meet
+from jaxdistill.teachers.identity import TeacherIdentity, canary_distance, canary_row
 from jaxdistill.teachers.replay import ScoreRecorder
 from jaxdistill.teachers.replies import RowScores, read_reply
 from jaxdistill.teachers.transport import Policy, Reply, Transport
 from jaxdistill.text import Tokenizer
-
-logger = logging.getLogger(__name__)
-
-# Newer and older servers.
-MODEL_INFO = ("/model_info", "/get_model_info")
-SERVER_INFO = ("/server_info", "/get_server_info")
 
 
 class SGLangTeacher:
@@ -98,26 +86,11 @@ class SGLangTeacher:
         self._transport = Transport(endpoints, Policy.of(settings), api_key=key, key_hint=hint, gone=gone)
 
     def check(self) -> TeacherIdentity:
-        """Ask every endpoint what it serves, before any work: is it reachable and the key right, how long a
-        row may be, is the tokenizer the served model's, and do all of them give the canary the same values.
+        """Ask every endpoint what it serves, before any work; errors as in `handshake.meet`.
 
-        One that does not answer is left to the breaker while another does: when it comes back, the canary in
-        its replies tells whether it is the same model. The counts start anew: they are of scoring alone.
-
-        Raises `TeacherUnavailable`, `TeacherContractError`, or
-        `ConfigError` for another tokenizer.
-        """
-        lengths = self._lengths()
-        endpoints, longest = list(lengths), min(lengths.values())
-        found = [self._identify(endpoint, longest) for endpoint in endpoints]
-        for endpoint, other in zip(endpoints[1:], found[1:], strict=True):
-            difference = found[0].difference(other, self.settings.canary_tolerance)
-            if difference:
-                raise TeacherContractError(
-                    f"teacher at {endpoint}: got {difference}, as at {endpoints[0]}; the endpoints of one "
-                    "teacher must serve the same model"
-                )
-        self.identity, self._checked = found[0], True
+        The counts start anew: they are of scoring alone."""
+        self.identity = meet(self._transport, self.tokenizer, self.settings, self._asked)
+        self._checked = True
         self._transport.take_counts()  # the counts are of scoring: a resumed run asks all this once more
         if self.settings.record is not None:
             self._recorder = ScoreRecorder(
@@ -238,70 +211,6 @@ class SGLangTeacher:
     def close(self) -> None:
         """Close the connections; calling it again does nothing."""
         self._transport.close()
-
-    def _lengths(self) -> dict[str, int]:
-        """The longest row of each endpoint that answers; raises where none does."""
-        lengths: dict[str, int] = {}
-        silent: list[TeacherUnavailable] = []
-        for endpoint in self._transport.endpoints:
-            try:
-                lengths[endpoint] = self._longest(endpoint)
-            except TeacherUnavailable as error:
-                silent.append(error)
-        if not lengths:
-            raise silent[0]
-        for error in silent:
-            logger.warning("%s (the run starts with the other endpoints)", error)
-        return lengths
-
-    def _longest(self, endpoint: str) -> int:
-        """The longest row this endpoint reads, within what the configuration allows."""
-        models = self._transport.get("/v1/models", endpoint=endpoint).body
-        longest = longest_row(models, self._info(SERVER_INFO, endpoint, needed=False), endpoint)
-        return min(longest, self.settings.context_length or longest)
-
-    def _identify(self, endpoint: str, longest: int) -> TeacherIdentity:
-        def post(body: Any) -> Any:
-            return self._transport.post("/generate", body, endpoint=endpoint).body
-
-        info = self._info(MODEL_INFO, endpoint, needed=True)
-        same = check_tokenizer(post, self.tokenizer, longest, endpoint)
-        canary = canary_row(self.tokenizer, longest)
-        (read,) = read_reply(
-            post(scoring_request([canary], self._asked)), [canary], self._asked, self.tokenizer.vocab_size
-        )
-        if isinstance(read, Unscored):
-            raise TeacherContractError(f"teacher at {endpoint}: {read.detail}; its replies cannot be used")
-        return TeacherIdentity(
-            name=self.name,
-            model=str(info.get("model_path", "")),
-            model_type=str(info.get("model_type", "")),
-            weight_version=read.weight_version,
-            tokenizer=self.tokenizer.fingerprint,
-            tokenizer_checked=same,
-            longest=longest,
-            canary_ids=(*canary.prompt.tolist(), *canary.response.tolist()),
-            canary=tuple(read.logprobs.tolist()),
-        )
-
-    def _info(self, paths: Sequence[str], endpoint: str, *, needed: bool) -> dict[str, Any]:
-        """The first object that one of the paths answers; without one, empty where it is not needed."""
-        refused: TeacherContractError | None = None
-        for path in paths:
-            try:
-                info = self._transport.get(path, endpoint=endpoint).body
-            except TeacherContractError as error:
-                refused = refused or error
-                continue
-            if isinstance(info, dict):
-                return info
-            refused = refused or TeacherContractError(
-                f"teacher at {endpoint}: {path} answered {info!r:.80}, expected an object; check that the "
-                "address is an SGLang server's"
-            )
-        if needed and refused is not None:
-            raise refused
-        return {}
 
     def _ask(self, rows: Sequence[ScoringRow], identity: TeacherIdentity) -> dict[int, RowScores | Unscored]:
         """Score the rows in groups, each with the canary after it."""

@@ -250,7 +250,7 @@ def lookahead(batch: Any) -> np.ndarray:
 OBJECTIVES: dict[str, tuple[Any, Callable[[Batch], np.ndarray]]] = {
     "alm": (ALMConfig(), lambda b: b.loss_mask),
     "end_of_turn": (EndOfTurnConfig(), lambda b: b.end.mask),
-    "gkd": (GKDConfig(), lambda b: b.projection.mask),
+    "gkd": (GKDConfig(), lambda b: b.projection.mask & (b.projection.log_support >= np.log(1e-3))),
     "gold": (GOLDConfig(), lambda b: b.shared.mask),
     "minillm": (MiniLLMConfig(**PLAIN, credit="projected"), lambda b: still_to_come(b.projection.mask)),
     "minillm chunk": (MiniLLMConfig(**PLAIN, credit="chunk"), lambda b: still_to_come(b.loss_mask)),
@@ -298,6 +298,7 @@ def test_what_the_projection_says_is_a_distribution(name: str, tokenizers: dict[
     # Known wherever a chunk is, so at every state the teacher read the bytes around.
     np.testing.assert_array_equal(projection.mask, batch.loss_mask)
     assert (projection.logprob[projection.mask] <= 0).all()
+    assert (projection.log_support <= 0).all() and not projection.log_support[~projection.mask].any()
     mass = np.exp(projection.logprobs.astype(np.float64)).sum(axis=-1)
     assert (
         (mass[projection.mask] > 0).all() and (mass <= 1 + 1e-6).all() and (mass[~projection.mask] == 0).all()

@@ -93,6 +93,10 @@ class Projector:
         log_p = np.minimum(np.maximum(borders.log_m[after], floor) - history[before], 0.0)
         finite = np.isfinite(log_p)
         found.mask[tokens] = finite
+        # The last teacher token that begins before the state; at the response's begin there is none.
+        holder = np.maximum(np.searchsorted(ground.response.starts, ground.places.offsets) - 1, 0)
+        support = np.minimum(history - ground.path[holder], 0.0)[before]
+        found.log_support[tokens] = np.where(np.isfinite(support), support, -np.inf)
         found.logprob[tokens] = np.where(finite, log_p, 0.0)
         found.floored[tokens] = finite & (borders.log_m[after] < floor)
         of_border = np.full(len(history), -1)
@@ -113,6 +117,7 @@ class Projector:
         """A projection [R], [R, K] in which nothing is known."""
         return Projection(
             np.zeros(count, bool),
+            np.zeros(count, np.float32),
             np.zeros(count, np.float32),
             np.zeros(count, bool),
             np.full((count, self._candidates), -1, np.int32),

@@ -41,6 +41,16 @@ def projections(world: Any, candidates: int) -> Callable[[str], Projection]:
     return of
 
 
+def log_support(world: Any, text: str, row: int) -> float:
+    """A student state's mass beside that of the teacher's path up to the token that holds it, counted."""
+    if world.student.vocab_fingerprint == world.teacher.vocab_fingerprint:
+        return 0.0
+    place = int(world.student.encode(text).starts[row])
+    starts = world.teacher.encode(text).starts
+    path = world.path[text][: max(int((starts < place).sum()) - 1, 0)]
+    return min(float(np.log(world.by_history[world.mine[text][:row]]) - np.log(path).sum()), 0.0)
+
+
 @pytest.mark.parametrize(("student_size", "teacher_size"), SIZES)
 def test_what_is_listed_is_what_enumeration_says(
     worlds: ModuleType, pieces: Pieces, student_size: int, teacher_size: int
@@ -55,6 +65,7 @@ def test_what_is_listed_is_what_enumeration_says(
         for row, token in enumerate(ids):
             truth, got = world.truth(ids[:row]), listed(found, row)
             np.testing.assert_allclose(found.logprob[row], np.log(truth[token]), atol=4e-4)
+            np.testing.assert_allclose(found.log_support[row], log_support(world, text, row), atol=4e-4)
             assert np.isclose(np.log(got.pop(token)), found.logprob[row], atol=1e-6)
             for other, probability in got.items():
                 assert abs(probability - truth.get(other, 0.0)) < 4e-4
@@ -144,6 +155,7 @@ def check(found: Projection, response: TokenSpans, candidates: int) -> None:
     """What the record promises."""
     assert found.ids.shape == found.logprobs.shape == (len(response), candidates)
     assert found.mask.shape == found.logprob.shape == found.floored.shape == (len(response),)
+    assert found.log_support.shape == (len(response),) and (found.log_support <= 0).all()
     for row in range(len(response)):
         ids, values = found.ids[row], found.logprobs[row]
         known = ids >= 0
@@ -195,6 +207,7 @@ def test_one_tokenizer_gives_the_textbook(
     scores = made_up(np.random.default_rng(seed), side, response, 12, False)
     found = Projector(side, side, candidates=13)(response, scores, align(response, response))
     assert found.mask.all() and not found.floored.any()
+    assert not found.log_support.any()  # no state lies inside a token
     assert (found.logprob == scores.logprobs).all()  # bit for bit
     assert scores.topk_ids is not None and scores.topk_logprobs is not None
     for row in range(len(response)):

@@ -9,7 +9,7 @@ from jaxdistill.align import align, project
 from jaxdistill.evaluation.references import References, StudentLogprobs, reference_figures
 from jaxdistill.metrics import Stopwatch
 from jaxdistill.parallel import MeshConfig, make_mesh
-from jaxdistill.records import Prompt, Rollout, TeacherScores, TokenSpans, Unscored
+from jaxdistill.records import END_OF_TURN, ROLES, Prompt, Rollout, TeacherScores, TokenSpans, Unscored
 from jaxdistill.scoring import Scored, Scoring
 from jaxdistill.students import Decoder, DecoderConfig
 from jaxdistill.teachers import EmbeddedConfig, Routes, Teachers
@@ -94,6 +94,14 @@ def test_references_without_an_end_of_turn_have_no_figure_for_it():
     assert {name: mean.value for name, mean in values.items()} == {
         "student_bits_per_byte": pytest.approx(2.0 / np.log(2) / 3)
     }
+
+
+def test_a_token_of_another_role_is_neither_text_nor_an_end():
+    values = reference_figures(
+        [rollout([ROLES["think_open"], b"yes", END_OF_TURN], [-7.0, -2.0, -1.0])], None
+    )
+    assert values["student_bits_per_byte"].value == pytest.approx(2.0 / np.log(2) / 3)
+    assert values["student_end_logprob"].value == pytest.approx(-1.0)
 
 
 def test_the_gap_on_the_teacher_s_own_texts_is_the_forward_kl():

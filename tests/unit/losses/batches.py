@@ -61,6 +61,7 @@ def make_batch(seed: int = 0, length: int = LENGTH) -> Batch:
         reward=rng.normal(size=ROWS).astype(np.float32),
         projection=BatchProjection(
             mask=projected,
+            log_support=np.where(projected, rng.uniform(-12, 0, shape), 0).astype(np.float32),
             logprob=np.where(projected, rng.uniform(-4, -0.1, shape), 0).astype(np.float32),
             floored=projected & (rng.random(shape) < 0.2),
             ids=ids,

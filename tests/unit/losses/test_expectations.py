@@ -47,6 +47,7 @@ def world(student, teacher) -> tuple[Batch, jax.Array]:
         reward=np.zeros(9, np.float32),
         projection=BatchProjection(
             mask=response,
+            log_support=np.zeros((9, 3), np.float32),
             logprob=theirs,
             floored=np.zeros((9, 3), bool),
             ids=np.tile(np.arange(TOKENS, dtype=np.int32), (9, 3, 1)),

@@ -110,7 +110,7 @@ def test_masked_positions_are_never_read(objective):
         return np.where(mask if values.ndim == 2 else mask[..., None], values, garbage).astype(values.dtype)
 
     def spoil_part(part):
-        names = {"logprob", "logprobs", "ids", "student_ids"} & set(vars(part))
+        names = {"log_support", "logprob", "logprobs", "ids", "student_ids"} & set(vars(part))
         return replace(part, **{name: spoil(getattr(part, name), part.mask) for name in names})
 
     own = batch.response_mask & (batch.origin == 0)[:, None]

@@ -73,14 +73,19 @@ def with_tail(p):
     return [*p, 1 - sum(p)]
 
 
-def gkd(lp, batch, beta, temperature):
+def supported(batch, least):
+    """States the teacher had a probability of at least `least` of coming to."""
+    return batch.projection.mask & (np.exp(batch.projection.log_support.astype(np.float64)) >= least)
+
+
+def gkd(lp, batch, beta, temperature, least=1e-3):
     def value(b, t):
         pairs = entries(batch.projection, b, t)
         teacher = with_tail([p for _, p in pairs])
         student = with_tail([np.exp(lp[b, t, i]) for i, _ in pairs])
         return jsd(heat(teacher, temperature), heat(student, temperature), beta)
 
-    return mean_over(batch, batch.projection.mask, value)
+    return mean_over(batch, supported(batch, least), value)
 
 
 def uld(lp, batch):
@@ -187,7 +192,7 @@ def minillm(lp, batch, discount):
     mask = ahead & batch.response_mask
     long = surrogate(lp, batch, to_go, mask)
     share = (batch.weight[:, None] * known).sum() / (batch.weight[:, None] * mask).sum()
-    return long + share * gkd(lp, batch, 1.0, 1.0)
+    return long + share * gkd(lp, batch, 1.0, 1.0, least=0)
 
 
 PLAIN = {"baseline": "none", "ratio_clip": 0.2}
@@ -195,6 +200,7 @@ GKD_SMOOTH = GKDConfig(beta=0.3, temperature=2.0)
 CASES = {
     "gkd forward": (GKD(GKDConfig(beta=0.0)), lambda lp, b: gkd(lp, b, 0, 1)),
     "gkd": (GKD(GKD_SMOOTH), lambda lp, b: gkd(lp, b, 0.3, 2)),
+    "gkd everywhere": (GKD(GKDConfig(least_support=0.0)), lambda lp, b: gkd(lp, b, 0.5, 1, least=0)),
     "gkd reverse": (GKD(GKDConfig(beta=1.0)), lambda lp, b: gkd(lp, b, 1, 1)),
     "uld": (ULD(ULDConfig()), uld),
     "gold": (
@@ -255,6 +261,7 @@ def textbook(batch, teacher):
         batch,
         projection=BatchProjection(
             mask=batch.response_mask,
+            log_support=np.zeros(batch.tokens.shape, np.float32),
             logprob=np.where(batch.response_mask, chosen, 0).astype(np.float32),
             floored=np.zeros_like(batch.response_mask),
             ids=order,
