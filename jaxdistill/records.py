@@ -183,10 +183,10 @@ class Projection:
     1 is the tail: everything else, the not known included. Where `mask` is false there is no projection, and
     nothing may be read.
 
-    `log_support[r]` is how likely the teacher finds it to come to this state at all, from the last place
-    before it where the teacher's own reading began a token (natural log, at most 0): the state lies inside
-    that token, or right behind it. Where it is very low the projection is a ratio of tiny probabilities. With
-    one vocabulary no other token reaches over a border, nothing is divided, and it is 0.
+    `log_support[r]` says how well the teacher's answer at this state is founded (natural log of a share, at
+    most 0): the probability of coming to the state from the teacher token that holds it or ends at it; or, if
+    that is more, how near the state's mass is to that of the teacher's own reading, where one of its tokens
+    begins here. Where both are tiny the projection is a ratio of tiny probabilities of other readings.
     """
 
     mask: Bool[np.ndarray, " R"]

@@ -93,10 +93,7 @@ class Projector:
         log_p = np.minimum(np.maximum(borders.log_m[after], floor) - history[before], 0.0)
         finite = np.isfinite(log_p)
         found.mask[tokens] = finite
-        # The last teacher token that begins before the state; at the response's begin there is none.
-        holder = np.maximum(np.searchsorted(ground.response.starts, ground.places.offsets) - 1, 0)
-        support = np.minimum(history - ground.path[holder], 0.0)[before]
-        found.log_support[tokens] = np.where(np.isfinite(support), support, -np.inf)
+        found.log_support[tokens] = _log_support(ground, history)[before]
         found.logprob[tokens] = np.where(finite, log_p, 0.0)
         found.floored[tokens] = finite & (borders.log_m[after] < floor)
         of_border = np.full(len(history), -1)
@@ -165,6 +162,17 @@ class Projector:
         """What the teacher proposes behind terms of the path's own tokens."""
         contexts = self._cuts.longer(front.context[at], front.token[at], front.offset[at])
         return _proposed(ground, history, front.border[at], contexts, front.position[at] + 1, first=False)
+
+
+def _log_support(ground: Ground, history: Float64[np.ndarray, " E"]) -> Float64[np.ndarray, " E"]:
+    """See `records.Projection`. `history` is log M of the states."""
+    starts, offsets = ground.response.starts, ground.places.offsets
+    position = np.searchsorted(
+        starts, offsets
+    )  # of the path's first token that begins at the state or behind
+    reached = np.minimum(history - ground.path[np.maximum(position - 1, 0)], 0.0)
+    own = np.where(starts[position] == offsets, -np.abs(history - ground.path[position]), -np.inf)
+    return np.where(np.isfinite(history), np.maximum(reached, own), -np.inf)
 
 
 @dataclass(frozen=True)

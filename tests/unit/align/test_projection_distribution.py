@@ -42,13 +42,16 @@ def projections(world: Any, candidates: int) -> Callable[[str], Projection]:
 
 
 def log_support(world: Any, text: str, row: int) -> float:
-    """A student state's mass beside that of the teacher's path up to the token that holds it, counted."""
-    if world.student.vocab_fingerprint == world.teacher.vocab_fingerprint:
-        return 0.0
+    """A student state's mass, counted, beside the teacher's path before the token that holds the state; and
+    where a token of the path begins at it, beside the path up to there."""
     place = int(world.student.encode(text).starts[row])
-    starts = world.teacher.encode(text).starts
-    path = world.path[text][: max(int((starts < place).sum()) - 1, 0)]
-    return min(float(np.log(world.by_history[world.mine[text][:row]]) - np.log(path).sum()), 0.0)
+    starts, path = world.teacher.encode(text).starts, np.cumprod([1.0, *world.path[text]])
+    mass = world.by_history[world.mine[text][:row]]
+    found = min(mass / path[max(int((starts < place).sum()) - 1, 0)], 1.0)
+    if place in starts:
+        own = path[int((starts < place).sum())]
+        found = max(found, min(mass / own, own / mass))
+    return float(np.log(found))
 
 
 @pytest.mark.parametrize(("student_size", "teacher_size"), SIZES)
@@ -207,7 +210,7 @@ def test_one_tokenizer_gives_the_textbook(
     scores = made_up(np.random.default_rng(seed), side, response, 12, False)
     found = Projector(side, side, candidates=13)(response, scores, align(response, response))
     assert found.mask.all() and not found.floored.any()
-    assert not found.log_support.any()  # no state lies inside a token
+    assert not found.log_support.any()  # every state is one of the teacher's own
     assert (found.logprob == scores.logprobs).all()  # bit for bit
     assert scores.topk_ids is not None and scores.topk_logprobs is not None
     for row in range(len(response)):
@@ -270,6 +273,30 @@ def test_a_role_the_student_does_not_know_stays_in_the_tail(tokenizers: dict[str
     scores = TeacherScores(scored, logprobs[:, 0], "t", "0", ids, logprobs)
     found = Projector(student, teacher, candidates=8)(response, scores, align(response, scored))
     assert found.mask.all() and np.exp(found.logprobs[0]).sum() <= 0.5 + 1e-6
+
+
+def test_behind_a_token_read_alike_an_unlikely_one_takes_nothing_away(bpe: Make, worlds: ModuleType) -> None:
+    """A teacher with one more token, which is never proposed: what it says behind a token that it hardly
+    expected is its own next-token distribution, as with the student's vocabulary. Inside such a token the
+    same is a ratio of tiny probabilities."""
+    student = bpe(worlds.SPACED, worlds.WORDS)
+    teacher = bpe(worlds.SPACED, [*worlds.WORDS, ("z", "z")])
+    assert student.vocab_fingerprint != teacher.vocab_fingerprint
+    text = "ab ab ab a"
+    response, scored = student.encode(text), teacher.encode(text)
+    assert response.ids.tolist() == scored.ids.tolist() and len(response) > 2
+    logprobs = np.log([1e-5] + [0.5] * (len(scored) - 1)).astype(np.float32)
+    scores = TeacherScores(scored, logprobs, "t", "0", scored.ids[:, None], logprobs[:, None])
+    found = Projector(student, teacher, candidates=4)(response, scores, align(response, scored))
+    assert found.mask.all() and (found.log_support > -1e-3).all()
+    np.testing.assert_allclose(found.logprob, logprobs, atol=1e-3)
+
+    letters = bpe(worlds.SPACED, [])
+    response = letters.encode(text)
+    inside = Projector(letters, teacher, candidates=4)(response, scores, align(response, scored))
+    first = len(teacher.token_bytes(scored.ids[:1])[0])
+    assert first > 1 and (inside.log_support[1:first] < np.log(1e-4)).all()
+    assert (inside.log_support[[0, first]] > -1e-3).all()
 
 
 def test_a_token_that_nothing_seen_leads_to_has_the_unseen_mass(pieces: Pieces) -> None:
