@@ -75,12 +75,7 @@ def _check(folder: Path, resolved: str, steps: int) -> None:
     if not has_begun(folder):
         return  # whatever config stands there binds nobody
     saved = _saved(folder)
-    old = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
-    new = _flat(yaml.safe_load(resolved))
-    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    bound = [k for k in changed if k != "run.steps" and not _FREE.fullmatch(k)]
-    if bound:
-        said = "; ".join(f"{k}: {old.get(k, 'not set')} there, {new.get(k, 'not set')} now" for k in bound)
+    if said := config_difference(folder, resolved):
         raise ConfigError(
             f"run.dir={folder} holds a run with another config ({said}); "
             "use another run.dir, or remove the folder to start anew"
@@ -90,7 +85,8 @@ def _check(folder: Path, resolved: str, steps: int) -> None:
             f"run.dir={folder} is at step {max(saved)}, beyond run.steps={steps}; raise run.steps, or use "
             "another run.dir"
         )
-    if "run.steps" in changed:
+    old, new = _both(folder, resolved)
+    if old.get("run.steps") != steps:
         moving = ["the cosine schedule"] if new.get("optimizer.schedule") == "cosine" else []
         moving += [k for k in new if k.startswith("rollout.origins.") and isinstance(new[k], list)]
         if moving:
@@ -100,6 +96,20 @@ def _check(folder: Path, resolved: str, steps: int) -> None:
                 steps,
                 " and ".join(moving),
             )
+
+
+def config_difference(folder: Path, resolved: str) -> str:
+    """How the config of the run in `folder` is another than `resolved` (YAML), in words; empty where a run
+    with this one would go on from it, or is what it made."""
+    old, new = _both(folder, resolved)
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    bound = [k for k in changed if k != "run.steps" and not _FREE.fullmatch(k)]
+    return "; ".join(f"{k}: {old.get(k, 'not set')} there, {new.get(k, 'not set')} now" for k in bound)
+
+
+def _both(folder: Path, resolved: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every setting of the run in `folder`, and of `resolved`, by its dotted name."""
+    return _flat(yaml.safe_load((folder / "config.yaml").read_text())), _flat(yaml.safe_load(resolved))
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

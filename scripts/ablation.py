@@ -18,10 +18,13 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from jaxdistill.config import dump, load
 from jaxdistill.errors import DataError, JaxDistillError
 from jaxdistill.metrics.rows import write_atomically
 from jaxdistill.report.plots import dot_plot, standalone
 from jaxdistill.report.run_data import RunData, read_run
+from jaxdistill.run_config import RunConfig
+from jaxdistill.run_folder import config_difference
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
 STEPS = 80
@@ -72,19 +75,31 @@ def last_evaluation(run: RunData) -> int:
     return int(steps[-1]) if len(steps) else -1
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a run is there and was evaluated after its last step."""
-    return (folder / "metrics.jsonl").is_file() and last_evaluation(read_run(folder)) == STEPS
+def overrides_of(out: Path, case: str, seed: int) -> list[str]:
+    """What a run's config says in place of the quickstart's."""
+    settings = [f"run.dir={folder_of(out, case, seed)}", f"run.seed={seed}", f"run.steps={STEPS}"]
+    return [*settings, "run.tensorboard=false", *CASES[case]]
+
+
+def is_done(out: Path, case: str, seed: int) -> bool:
+    """Whether a run is there and was evaluated after its last step. Raises DataError for one that was made by
+    another config, an older default among them: its figures are not those of the case."""
+    folder = folder_of(out, case, seed)
+    if not (folder / "metrics.jsonl").is_file() or last_evaluation(read_run(folder)) != STEPS:
+        return False
+    config = load(CONFIG, overrides_of(out, case, seed), RunConfig)
+    if said := config_difference(folder, dump(config)):
+        raise DataError(f"{folder} was made by another config ({said}); remove it, or use another --out")
+    return True
 
 
 def train(out: Path, case: str, seed: int) -> None:
     """Make one run, on the calling thread's processors. Raises DataError if it fails, with the command."""
-    folder = folder_of(out, case, seed)
-    if is_done(folder):
+    if is_done(out, case, seed):
         return
     print(f"{case}, seed {seed}", flush=True)
-    command = [sys.executable, "-m", "jaxdistill.train", "--config", str(CONFIG), f"run.dir={folder}"]
-    command += [f"run.seed={seed}", f"run.steps={STEPS}", "run.tensorboard=false", *CASES[case]]
+    command = [sys.executable, "-m", "jaxdistill.train", "--config", str(CONFIG)]
+    command += overrides_of(out, case, seed)
     if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise DataError(f"exit code {code} from: {' '.join(command)}")
 
@@ -110,11 +125,13 @@ def train_all(out: Path, cases: Sequence[str], seeds: Sequence[int], jobs: int) 
 
 
 def read_cases(out: Path) -> dict[str, list[RunData]]:
-    """The finished runs of each case. Raises DataError where there are none at all."""
+    """The finished runs of each case. Raises DataError where there are none at all, or one of another
+    config."""
     runs: dict[str, list[RunData]] = {}
     for case in CASES:
-        for folder in sorted(out.glob(f"{folder_of(out, case, 0).name.removesuffix('0')}[0-9]*")):
-            if is_done(folder):
+        first = folder_of(out, case, 0).name.removesuffix("0")
+        for folder in sorted(out.glob(f"{first}[0-9]*")):
+            if is_done(out, case, int(folder.name.removeprefix(first))):
                 runs.setdefault(case, []).append(read_run(folder))
     if not runs:
         raise DataError(f"{out} holds no finished run; make them with: python scripts/ablation.py run")

@@ -182,6 +182,12 @@ def row_weights(batch: Batch) -> Float32[Array, "B T"]:
     return jnp.broadcast_to(batch.weight[:, None], batch.tokens.shape)
 
 
+def share_of_response(batch: Batch, mask: Bool[Array, "B T"]) -> Mean:
+    """Which share of the response tokens `mask` is true at, by the rows' weights: what an objective sees."""
+    response, weight = learning(batch), row_weights(batch)
+    return Mean(masked_sum(weight, mask & response), masked_sum(weight, response))
+
+
 def required[PartT](part: PartT | None, name: Part) -> PartT:
     """An optional part of the batch. Raises `ValueError` where it is not there."""
     if part is None:

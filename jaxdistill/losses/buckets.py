@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxdistill.batch import Batch, Mean
-from jaxdistill.losses.base import learning, masked_sum, required, row_weights
+from jaxdistill.losses.base import learning, masked_sum, required, row_weights, share_of_response
 
 # A tail never has less: one minus a float32 sum near one is not known any better. A teacher whose list sums
 # to one thus charges at most 16 nats for what it did not list, not infinity.
@@ -148,9 +148,9 @@ def projection_metrics(batch: Batch) -> dict[str, Mean]:
     known = response & projection.mask
     _, logprobs = listed(projection.ids, projection.logprobs, known)
     unlisted = jnp.maximum(1 - jnp.sum(jnp.exp(logprobs), axis=-1), 0.0)
-    everything, present = masked_sum(weight, response), masked_sum(weight, known)
+    present = masked_sum(weight, known)
     return {
-        "projected_fraction": Mean(present, everything),
+        "projected_fraction": share_of_response(batch, known),
         "floored_fraction": Mean(masked_sum(weight * projection.floored, known), present),
         "unlisted_mass": Mean(masked_sum(weight * unlisted, known), present),
     }

@@ -27,6 +27,7 @@ from jaxdistill.losses.base import (
     predicted,
     required,
     row_weights,
+    share_of_response,
 )
 from jaxdistill.losses.buckets import generalised_jsd, log1mexp, student_buckets
 from jaxdistill.records import Part
@@ -60,7 +61,11 @@ class EndOfTurn(Objective[EndOfTurnConfig]):
         end = required(batch.end, "end")
         mask, weight = end.mask & learning(batch), row_weights(batch)
         targets = {"mask": mask, "weight": weight, "logprob": jnp.where(mask, end.logprob, 0.0)}
-        return Prepared({name: predicted(x) for name, x in targets.items()}, masked_sum(weight, mask), {})
+        return Prepared(
+            {name: predicted(x) for name, x in targets.items()},
+            masked_sum(weight, mask),
+            {"shared_fraction": share_of_response(batch, mask)},
+        )
 
     def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
         mask, weight = targets["mask"], targets["weight"]

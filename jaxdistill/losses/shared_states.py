@@ -18,6 +18,7 @@ from jaxdistill.losses.base import (
     predicted,
     required,
     row_weights,
+    share_of_response,
 )
 from jaxdistill.losses.buckets import listed
 from jaxdistill.records import Part
@@ -50,4 +51,8 @@ class SharedStateObjective[ConfigT: SharedStateSettings](Objective[ConfigT]):
             "logprobs": logprobs,
             "student_ids": jnp.where(ids >= 0, shared.student_ids, -1),
         }
-        return Prepared({name: predicted(x) for name, x in targets.items()}, masked_sum(weight, mask), {})
+        return Prepared(
+            {name: predicted(x) for name, x in targets.items()},
+            masked_sum(weight, mask),
+            {"shared_fraction": share_of_response(batch, mask)},
+        )

@@ -13,7 +13,6 @@ from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.inputs import read_inputs
 from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.run_config import RunConfig
-from scripts import ablation
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 TOP_K = ("teacher.top_k=16",)
@@ -31,12 +30,6 @@ def read(folder: Path, objective: dict[str, Any], *overrides: str, **rollout: An
 
 def terms(*objectives: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"kind": "sum", "terms": [{"objective": one, **more} for one in objectives]}
-
-
-@pytest.mark.parametrize("case", ablation.CASES)
-def test_every_case_of_the_ablation_is_a_config(case):
-    config = load(QUICKSTART, ablation.CASES[case], RunConfig)
-    assert case.startswith(config.objective.kind)
 
 
 def test_terms_that_want_the_same_rows_need_no_origins(tmp_path):

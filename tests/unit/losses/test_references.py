@@ -170,10 +170,14 @@ def surrogate(lp, batch, advantage, mask, epsilon=0.2):
 
 
 def projected(lp, batch):
-    """Advantage over its root mean square, then the reward at half weight on all response tokens."""
+    """Advantage over its root mean square (with a floor of 0.01 nats), then the reward at half weight on all
+    response tokens."""
     advantage = np.clip(batch.projection.logprob - batch.behavior_logprobs, -10, 10).astype(np.float64)
     square = mean_over(batch, batch.projection.mask, lambda b, t: advantage[b, t] ** 2)
-    advantage = np.where(batch.projection.mask, advantage / np.sqrt(square), 0) + 0.5 * batch.reward[:, None]
+    advantage = (
+        np.where(batch.projection.mask, advantage / np.sqrt(square + 0.01**2), 0)
+        + 0.5 * batch.reward[:, None]
+    )
     return surrogate(lp, batch, advantage, batch.response_mask)
 
 
@@ -369,6 +373,37 @@ def test_equal_distributions_cost_nothing(name):
     np.testing.assert_allclose(value, 0, atol=1e-5)
     if name not in ("uld", "gold"):  # a sum of absolute values has a corner here
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+def test_what_is_left_of_rounding_is_not_blown_up():
+    """Differences of 1e-5 nats, normalised: a thousandth of an advantage, not a whole one."""
+    batch, (hidden, embedding) = make_batch(), weights()
+    batch = own_teacher(hidden, embedding, batch)
+    noise = 1e-5 * np.random.default_rng(0).choice([-1, 1], batch.tokens.shape)
+    logprob = (batch.projection.logprob + noise).astype(np.float32)
+    batch = replace(batch, projection=replace(batch.projection, logprob=logprob))
+    prepared = ReverseKL(ReverseKLConfig(credit="projected", baseline="none")).prepare(on_device(batch))
+    largest = np.abs(prepared.targets["advantage"]).max()
+    assert 5e-4 < largest < 2e-3
+
+
+def test_each_objective_says_how_many_states_it_sees():
+    batch, (hidden, embedding) = make_batch(), weights()
+    everything = (batch.response_mask * batch.weight[:, None]).sum()
+
+    def share(mask):
+        return (mask * batch.response_mask * batch.weight[:, None]).sum() / everything
+
+    known = share(batch.projection.mask)
+    for name in ("uld", "gold", "xtoken", "end forward"):
+        metrics = metrics_of(CASES[name][0], batch, hidden, embedding)
+        np.testing.assert_allclose(metrics["shared_fraction"], share(batch.shared.mask), rtol=1e-6)
+    metrics = metrics_of(GKD(GKDConfig()), batch, hidden, embedding)
+    np.testing.assert_allclose(metrics["projected_fraction"], known, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["supported_fraction"], share(supported(batch, 1e-3)) / known, rtol=1e-6
+    )
+    assert 0.3 < metrics["supported_fraction"] < 0.9
 
 
 def test_the_metrics_of_a_sum_are_those_of_its_terms():
