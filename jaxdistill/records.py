@@ -183,10 +183,11 @@ class Projection:
     1 is the tail: everything else, the not known included. Where `mask` is false there is no projection, and
     nothing may be read.
 
-    `log_support[r]` says how well the teacher's answer at this state is founded (natural log of a share, at
-    most 0): the probability of coming to the state from the teacher token that holds it or ends at it; or, if
-    that is more, how near the state's mass is to that of the teacher's own reading, where one of its tokens
-    begins here. Where both are tiny the projection is a ratio of tiny probabilities of other readings.
+    `log_support[r]` says how well the teacher's answer at this state is founded (natural log of a
+    probability, at most 0). 0 where a token of the teacher's own reading begins at the state and the state's
+    mass is that reading's, within a factor of two. Elsewhere the probability of coming to the state from
+    before the teacher token that holds it or ends at it: where that is tiny, what is projected is a ratio of
+    tiny probabilities.
     """
 
     mask: Bool[np.ndarray, " R"]

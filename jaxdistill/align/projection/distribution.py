@@ -171,8 +171,8 @@ def _log_support(ground: Ground, history: Float64[np.ndarray, " E"]) -> Float64[
         starts, offsets
     )  # of the path's first token that begins at the state or behind
     reached = np.minimum(history - ground.path[np.maximum(position - 1, 0)], 0.0)
-    own = np.where(starts[position] == offsets, -np.abs(history - ground.path[position]), -np.inf)
-    return np.where(np.isfinite(history), np.maximum(reached, own), -np.inf)
+    own = (starts[position] == offsets) & (np.abs(history - ground.path[position]) <= np.log(2.0))
+    return np.where(own, 0.0, np.where(np.isfinite(history), reached, -np.inf))
 
 
 @dataclass(frozen=True)

@@ -42,16 +42,15 @@ def projections(world: Any, candidates: int) -> Callable[[str], Projection]:
 
 
 def log_support(world: Any, text: str, row: int) -> float:
-    """A student state's mass, counted, beside the teacher's path before the token that holds the state; and
-    where a token of the path begins at it, beside the path up to there."""
+    """A student state's mass, counted, beside the teacher's path before the token that holds the state; 0
+    where a token of the path begins at it and the path up to there has about that mass."""
     place = int(world.student.encode(text).starts[row])
     starts, path = world.teacher.encode(text).starts, np.cumprod([1.0, *world.path[text]])
     mass = world.by_history[world.mine[text][:row]]
-    found = min(mass / path[max(int((starts < place).sum()) - 1, 0)], 1.0)
-    if place in starts:
-        own = path[int((starts < place).sum())]
-        found = max(found, min(mass / own, own / mass))
-    return float(np.log(found))
+    before = int((starts < place).sum())
+    if place in starts and 0.5 <= mass / path[before] <= 2:
+        return 0.0
+    return min(float(np.log(mass / path[max(before - 1, 0)])), 0.0)
 
 
 @pytest.mark.parametrize(("student_size", "teacher_size"), SIZES)
