@@ -2,7 +2,8 @@
 
 A token id outside the vocabulary, more top entries than there are ids, or an empty row kills a genuine
 server or returns another row's numbers; a row beyond the context is refused together with its whole
-request. So all of that is settled here, before anything leaves.
+request. So all of that is settled here, before anything leaves. What is said of a row does not name it: the
+caller knows it by its place in the data, where it can be changed.
 
 Letters: P prompt tokens, S response tokens (at least one), K top-k.
 """
@@ -65,16 +66,16 @@ def check_row(row: ScoringRow, vocab_size: int) -> None:
     id outside the vocabulary."""
     if not len(row.prompt):
         raise TeacherContractError(
-            f"{row.label}: the teacher's chat template rendered an empty prompt, expected at least one "
+            "the teacher's chat template rendered an empty prompt, expected at least one "
             "token before the response; check teacher.tokenizer and its template"
         )
     if not len(row.response):
-        raise TeacherContractError(f"{row.label}: got no response token, expected at least one; not sent")
+        raise TeacherContractError("got no response token, expected at least one; not sent")
     ids = np.concatenate([row.prompt, row.response])
     bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(bad):
         raise TeacherContractError(
-            f"{row.label}, position {bad[0]}: got token id {ids[bad[0]]}, expected one in "
+            f"position {bad[0]}: got token id {ids[bad[0]]}, expected one in "
             f"[0, {vocab_size}); not sent, check that teacher.tokenizer is the served model's own"
         )
 
@@ -93,8 +94,8 @@ def fit_row(
     if too_long == "truncate" and room > 0:
         return replace(row, response=row.response[:room])
     what = (
-        f"{row.label}: got {len(row.prompt)} prompt and {len(row.response)} response tokens, expected at "
-        f"most {longest} together, which is what the teacher reads"
+        f"got {len(row.prompt)} prompt and {len(row.response)} response tokens, expected at most {longest} "
+        "together, which is what the teacher reads"
     )
     if too_long == "stop":
         raise TeacherContractError(

@@ -65,10 +65,11 @@ def writing_row(
 
     A prompt that leaves none is left out ("mask", and "truncate" too: a prompt is never cut), or raises
     `TeacherContractError` ("stop"). Whatever `too_long` says, so does a prompt that is empty or has an id
-    outside the vocabulary: sent, such a row ends the server or its whole request.
+    outside the vocabulary: sent, such a row ends the server or its whole request. No message names the row:
+    the caller knows it by its place in the data.
     """
     what = (
-        f"row {number}: got a prompt of {len(prompt)} teacher tokens, expected 1 to {longest - 1} of the "
+        f"got a prompt of {len(prompt)} teacher tokens, expected 1 to {longest - 1} of the "
         f"{longest} that the teacher reads"
     )
     room = longest - len(prompt)
@@ -81,7 +82,7 @@ def writing_row(
     bad = np.flatnonzero((prompt < 0) | (prompt >= vocab_size))
     if len(bad):
         raise TeacherContractError(
-            f"row {number}, position {bad[0]}: got token id {prompt[bad[0]]}, expected one in "
+            f"position {bad[0]}: got token id {prompt[bad[0]]}, expected one in "
             f"[0, {vocab_size}); not sent, check that teacher.tokenizer is the served model's own"
         )
     return WritingRow(number, prompt, min(new, room), seed)

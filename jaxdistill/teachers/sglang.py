@@ -8,7 +8,8 @@ Letters: S teacher response tokens.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -116,8 +117,9 @@ class SGLangTeacher:
             if not len(response):
                 continue
             row = ScoringRow(number, prompt, response.ids)
-            check_row(row, self.tokenizer.vocab_size)
-            fitting = fit_row(row, identity.longest, self.settings.too_long)
+            with _named(rollouts[number].prompt):
+                check_row(row, self.tokenizer.vocab_size)
+                fitting = fit_row(row, identity.longest, self.settings.too_long)
             if isinstance(fitting, Unscored):
                 found[number] = fitting
             else:
@@ -158,7 +160,7 @@ class SGLangTeacher:
             ids = self.tokenizer.render(
                 prompt.messages, tools=prompt.tools, template_kwargs=self.settings.template_kwargs
             )
-            try:
+            with _named(prompt):
                 row = writing_row(
                     number,
                     ids,
@@ -168,8 +170,6 @@ class SGLangTeacher:
                     vocab_size=size,
                     too_long=self.settings.too_long,
                 )
-            except TeacherContractError as error:  # the row of the data, which is what can be changed
-                raise TeacherContractError(f"{prompt.source} row {prompt.index}: {error}") from error
             if isinstance(row, Unscored):
                 answers[number] = row
                 self._unscored[row.kind] += 1
@@ -288,6 +288,15 @@ class SGLangTeacher:
             topk_logprobs=result.topk_logprobs,
             end_logprobs=result.end_logprobs,
         )
+
+
+@contextmanager
+def _named(prompt: Prompt) -> Iterator[None]:
+    """What is refused before it is sent is named by its row in the data, which is what can be changed."""
+    try:
+        yield
+    except TeacherContractError as error:
+        raise TeacherContractError(f"{prompt.source} row {prompt.index}: {error}") from error
 
 
 def _results(reply: Reply, count: int) -> list[Any]:

@@ -152,11 +152,11 @@ def test_a_row_that_would_end_the_server_is_not_sent_and_a_long_prompt_writes_le
     for too_long in ("mask", "truncate"):
         none = writing_row(3, ids, 9, 1, longest=20, vocab_size=50, too_long=too_long)
         assert isinstance(none, Unscored) and none.kind == "too_long"
-        assert none.detail.startswith("row 3: got a prompt of 20 teacher tokens, expected 1 to 19")
+        assert none.detail.startswith("got a prompt of 20 teacher tokens, expected 1 to 19")
     for prompt, longest, size, words in [
-        (ids, 20, 50, "row 3: got a prompt of 20 teacher tokens, expected 1 to 19"),
+        (ids, 20, 50, "^got a prompt of 20 teacher tokens, expected 1 to 19"),
         (ids[:0], 20, 50, "got a prompt of 0"),
-        (ids, 40, 20, r"position 19: got token id 20, expected one in \[0, 20\)"),
+        (ids, 40, 20, r"^position 19: got token id 20, expected one in \[0, 20\)"),
         (-ids, 40, 50, "got token id -1"),
     ]:
         with pytest.raises(TeacherContractError, match=words):
@@ -200,7 +200,7 @@ def test_a_prompt_without_room_can_end_the_run_and_is_named_by_its_row_in_the_da
     tokenizer: Tokenizer,
 ) -> None:
     with asked(tokenizer, context_length=100, too_long="stop") as (server, teacher):
-        with pytest.raises(TeacherContractError, match="poems row 17: row 1: got a prompt of"):
+        with pytest.raises(TeacherContractError, match=r"^poems row 17: got a prompt of"):
             teacher.generate([PROMPTS[0], LONG], SEEDS[:2], max_new_tokens=8, temperature=1.0)
         assert not server.bodies
 
