@@ -64,14 +64,23 @@ def check_asked(asked: Asked, vocab_size: int) -> None:
 def check_row(row: ScoringRow, vocab_size: int) -> None:
     """Raise `TeacherContractError` for a row that must not be sent: without prompt or response, or with an
     id outside the vocabulary."""
-    if not len(row.prompt):
-        raise TeacherContractError(
-            "the teacher's chat template rendered an empty prompt, expected at least one "
-            "token before the response; check teacher.tokenizer and its template"
-        )
+    check_prompt(row.prompt)
     if not len(row.response):
         raise TeacherContractError("got no response token, expected at least one; not sent")
-    ids = np.concatenate([row.prompt, row.response])
+    check_ids(np.concatenate([row.prompt, row.response]), vocab_size)
+
+
+def check_prompt(prompt: Int32[np.ndarray, " P"]) -> None:
+    """Raise `TeacherContractError` for an empty prompt, which is the chat template's doing."""
+    if not len(prompt):
+        raise TeacherContractError(
+            "the teacher's chat template rendered an empty prompt, expected at least one token before the "
+            "response; not sent, check teacher.tokenizer and its template"
+        )
+
+
+def check_ids(ids: Int32[np.ndarray, " _"], vocab_size: int) -> None:
+    """Raise `TeacherContractError` for an id outside the vocabulary."""
     bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(bad):
         raise TeacherContractError(

@@ -15,7 +15,15 @@ from jaxtyping import Int32
 
 from jaxdistill.errors import TeacherContractError, TeacherUnavailable
 from jaxdistill.records import TokenSpans, Unscored
-from jaxdistill.teachers.checks import BYTES_A_ROW, OWN_ONLY, ScoringRow, largest_reply, scoring_request
+from jaxdistill.teachers.checks import (
+    BYTES_A_ROW,
+    OWN_ONLY,
+    ScoringRow,
+    check_ids,
+    check_prompt,
+    largest_reply,
+    scoring_request,
+)
 
 # A new token's id, and its text as JSON writes it: vocabularies hold runs of a hundred spaces, and a sign
 # outside of ASCII may take six characters.
@@ -68,24 +76,20 @@ def writing_row(
     outside the vocabulary: sent, such a row ends the server or its whole request. No message names the row:
     the caller knows it by its place in the data.
     """
-    what = (
-        f"got a prompt of {len(prompt)} teacher tokens, expected 1 to {longest - 1} of the "
-        f"{longest} that the teacher reads"
-    )
+    check_prompt(prompt)
+    check_ids(prompt, vocab_size)
     room = longest - len(prompt)
-    if room < 1 and too_long != "stop":
-        return Unscored("too_long", what)
-    if not len(prompt) or room < 1:
+    if room > 0:
+        return WritingRow(number, prompt, min(new, room), seed)
+    what = (
+        f"got a prompt of {len(prompt)} teacher tokens, expected at most {longest - 1} of the {longest} that "
+        "the teacher reads"
+    )
+    if too_long == "stop":
         raise TeacherContractError(
-            f"{what}; not sent, serve it with a longer context, drop the prompt, or set teacher.too_long"
+            f"{what}; serve it with a longer context, drop the prompt, or set teacher.too_long"
         )
-    bad = np.flatnonzero((prompt < 0) | (prompt >= vocab_size))
-    if len(bad):
-        raise TeacherContractError(
-            f"position {bad[0]}: got token id {prompt[bad[0]]}, expected one in "
-            f"[0, {vocab_size}); not sent, check that teacher.tokenizer is the served model's own"
-        )
-    return WritingRow(number, prompt, min(new, room), seed)
+    return Unscored("too_long", what)
 
 
 def writing_request(

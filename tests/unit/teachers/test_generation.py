@@ -152,17 +152,25 @@ def test_a_row_that_would_end_the_server_is_not_sent_and_a_long_prompt_writes_le
     for too_long in ("mask", "truncate"):
         none = writing_row(3, ids, 9, 1, longest=20, vocab_size=50, too_long=too_long)
         assert isinstance(none, Unscored) and none.kind == "too_long"
-        assert none.detail.startswith("got a prompt of 20 teacher tokens, expected 1 to 19")
+        assert none.detail.startswith("got a prompt of 20 teacher tokens, expected at most 19")
     for prompt, longest, size, words in [
-        (ids, 20, 50, "^got a prompt of 20 teacher tokens, expected 1 to 19"),
-        (ids[:0], 20, 50, "got a prompt of 0"),
+        (ids, 20, 50, "^got a prompt of 20 teacher tokens, expected at most 19"),
         (ids, 40, 20, r"^position 19: got token id 20, expected one in \[0, 20\)"),
         (-ids, 40, 50, "got token id -1"),
     ]:
         with pytest.raises(TeacherContractError, match=words):
             writing_row(3, prompt, 9, 1, longest=longest, vocab_size=size, too_long="stop")
-    with pytest.raises(TeacherContractError, match="got a prompt of 0"):
-        writing_row(3, ids[:0], 9, 1, longest=20, vocab_size=50, too_long="mask")
+
+
+@pytest.mark.parametrize("too_long", ["mask", "truncate", "stop"])
+def test_what_too_long_says_nothing_of_is_refused_whatever_it_says(too_long: Any) -> None:
+    """An empty prompt is the template's doing: a longer context would not help, and nothing hides it."""
+    ids = np.arange(1, 21, dtype=np.int32)
+    with pytest.raises(TeacherContractError, match="template rendered an empty prompt") as refused:
+        writing_row(3, ids[:0], 9, 1, longest=20, vocab_size=50, too_long=too_long)
+    assert "too_long" not in str(refused.value)
+    with pytest.raises(TeacherContractError, match=r"got token id 20, expected one in \[0, 20\)"):
+        writing_row(3, ids, 9, 1, longest=20, vocab_size=20, too_long=too_long)
 
 
 LONG = Prompt([{"role": "user", "content": "Why? " * 200}], 17, "poems")
