@@ -14,7 +14,7 @@ from jaxdistill.errors import ConfigError, TeacherContractError
 from jaxdistill.inputs import Inputs
 from jaxdistill.metrics import write_atomically
 from jaxdistill.run_config import RunConfig
-from jaxdistill.run_folder import has_begun
+from jaxdistill.run_folder import flat, has_begun
 from jaxdistill.students import Decoder
 from jaxdistill.teachers import ServedSettings, TeacherIdentity, Teachers
 
@@ -115,19 +115,26 @@ def _check_teacher(
 
 def _read(path: Path) -> _Recorded:
     try:
-        return _recorded(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}); restore it, or use another run.dir") from error
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); restore it, or use another run.dir") from error
+    try:
+        return _recorded(facts)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"{path} was written by another version of jaxdistill ({what}); finish the run with that "
+            "version, or start a new one in another run.dir"
+        ) from error
 
 
 def _recorded(facts: Mapping[str, Any]) -> _Recorded:
-    student, teachers = facts["student"], facts["teachers"]
-    fingerprints = {
-        # The templates first: a tokenizer's fingerprint holds its template too.
-        "student.chat_template": student["chat_template"],
-        **{f"teachers.{name}.chat_template": one["chat_template"] for name, one in teachers.items()},
-        "student.tokenizer": student["tokenizer"],
-    }
+    """Raises `KeyError` with the name of a field that is missing, and `TypeError` or `AttributeError` for
+    what is no manifest of this version otherwise."""
+    values, teachers = flat(facts), facts["teachers"]
+    # The templates first: a tokenizer's fingerprint holds its template too.
+    templates = ("student.chat_template", *(f"teachers.{name}.chat_template" for name in teachers))
+    fingerprints = {field: values[field] for field in (*templates, "student.tokenizer")}
     identities = {name: TeacherIdentity.from_json(one["identity"]) for name, one in teachers.items()}
     return _Recorded(fingerprints, identities)
 

@@ -109,10 +109,10 @@ def config_difference(folder: Path, resolved: str) -> str:
 
 def _both(folder: Path, resolved: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every setting of the run in `folder`, and of `resolved`, by its dotted name."""
-    return _flat(yaml.safe_load((folder / "config.yaml").read_text())), _flat(yaml.safe_load(resolved))
+    return flat(yaml.safe_load((folder / "config.yaml").read_text())), flat(yaml.safe_load(resolved))
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """{a: {b: 1}, c: [{d: 2}]} -> {"a.b": 1, "c.0.d": 2}."""
     if isinstance(node, list) and any(isinstance(inner, Mapping) for inner in node):
         node = dict(enumerate(node))
@@ -121,5 +121,5 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {
         key: value
         for name, inner in node.items()
-        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
     }

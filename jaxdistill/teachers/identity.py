@@ -6,7 +6,7 @@ values belong to one model, and each reply carries its own proof of who made it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -54,10 +54,12 @@ class TeacherIdentity:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "TeacherIdentity":
-        """The identity that `to_json` wrote. Raises `TypeError` for fields of another version."""
-        lists = {key: tuple(fields[key]) for key in ("canary_ids", "canary")}
-        return cls(**{**fields, **lists})
+    def from_json(cls, written: Mapping[str, Any]) -> "TeacherIdentity":
+        """The identity that `to_json` wrote. Raises `KeyError` with the name of a field that is missing, and
+        `TypeError` for one of another version."""
+        known = {field.name: written[field.name] for field in fields(cls)}
+        lists = {key: tuple(known[key]) for key in ("canary_ids", "canary")}
+        return cls(**{**written, **lists})
 
     def difference(self, now: "TeacherIdentity", tolerance: float) -> str | None:
         """How `now` is another teacher than this one, in words; None where it is the same.
