@@ -6,7 +6,8 @@ The book's translations are Debian packages (GPL-2+ by its authors, named in eac
 `apt-get download`, which needs no root. Nothing of them is committed. The rows are
 `{"messages": [{"role": "user", "content": BEGINNING}], "response": CONTINUATION}`, for a model that
 continues plain text (configs/templates/completion.jinja). Half of the rows are Chinese. Some chapters are
-held out, in all languages: a paragraph and its translation are never on both sides.
+held out, in all languages, so that a paragraph and its translation are on one side. No text is in two rows:
+what stands in chapters of both sides is held out.
 """
 
 import argparse
@@ -113,15 +114,15 @@ def cut(paragraph: str) -> tuple[str, str]:
 
 
 def rows_of(books: dict[str, str]) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows, shuffled. A paragraph that stands in two books was not translated, and is
-    only in the English rows."""
+    """Training and held-out rows, shuffled, each of another text. A paragraph that stands in two books was
+    not translated: only the English book's is taken."""
     found = {language: list(dict.fromkeys(paragraphs(text))) for language, text in books.items()}
-    times = Counter(paragraph for group in found.values() for _, paragraph in group)
+    holders = Counter(paragraph for group in found.values() for paragraph in {text for _, text in group})
     sides: tuple[dict[str, list[Row]], ...] = ({}, {})
     for language, group in found.items():
         for chapter, paragraph in group:
             part = taken(paragraph)
-            if part is None or (times[paragraph] > 1 and language != "en"):
+            if part is None or (holders[paragraph] > 1 and language != "en"):
                 continue
             beginning, continuation = cut(part)
             row = {
@@ -130,7 +131,9 @@ def rows_of(books: dict[str, str]) -> tuple[list[Row], list[Row]]:
                 "metadata": {"language": language},
             }
             sides[chapter in HELD_OUT_CHAPTERS].setdefault(language, []).append(row)
-    return mixed(sides[0]), mixed(sides[1])
+    seen: set[str] = set()
+    heldout = unseen(mixed(sides[1]), seen)
+    return unseen(mixed(sides[0]), seen), heldout
 
 
 def mixed(by_language: dict[str, list[Row]]) -> list[Row]:
@@ -143,6 +146,18 @@ def mixed(by_language: dict[str, list[Row]]) -> list[Row]:
     for half in halves:
         generator.shuffle(half)
     return list(itertools.chain.from_iterable(zip(*halves, strict=False)))
+
+
+def unseen(rows: list[Row], seen: set[str]) -> list[Row]:
+    """The rows whose text is not in `seen`, which has it from then on. Two paragraphs may begin with the same
+    sentences, as where a translation left them in English."""
+    kept = []
+    for row in rows:
+        text = row["messages"][0]["content"] + row["response"]
+        if text not in seen:
+            seen.add(text)
+            kept.append(row)
+    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
