@@ -49,8 +49,13 @@ def download(language: str, folder: Path) -> str:
     """The book's plain text in `language`. Raises DataError where the package cannot be had."""
     package = f"debian-reference-{language}"
     run("apt-get", "download", "-q", package, folder=folder)
-    (archive,) = folder.glob(f"{package}_*.deb")
-    run("dpkg-deb", "-x", archive.name, package, folder=folder)
+    archives = sorted(path.name for path in folder.glob(f"{package}_*.deb"))
+    if len(archives) != 1:
+        raise DataError(
+            f"apt-get download left {archives or 'no file'}, expected one {package}_*.deb; see what "
+            f"apt-cache policy {package} says"
+        )
+    run("dpkg-deb", "-x", archives[0], package, folder=folder)
     texts = sorted((folder / package).rglob("debian-reference.*.txt.gz"))
     if not texts:
         raise DataError(f"{package} holds no debian-reference.*.txt.gz; its layout has changed")
@@ -103,14 +108,15 @@ def wide(character: str) -> bool:
     return unicodedata.east_asian_width(character) in "WF"
 
 
-def cut(paragraph: str) -> tuple[str, str]:
-    """Beginning and continuation: the cut falls before a space or between wide characters."""
+def cut(paragraph: str) -> tuple[str, str] | None:
+    """Beginning and continuation: the cut falls before a space or between wide characters. None if no such
+    place comes after the beginning's share."""
     size = len(paragraph.encode())
     for i in range(1, len(paragraph)):
         here, before = paragraph[i], paragraph[i - 1]
         if (here == " " or (wide(here) and wide(before))) and len(paragraph[:i].encode()) >= BEGINNING * size:
             return paragraph[:i], paragraph[i:]
-    raise DataError(f"{paragraph!r} has no place to cut it; leave it out in scripts/fetch_multilingual.py")
+    return None
 
 
 def rows_of(books: dict[str, str]) -> tuple[list[Row], list[Row]]:
@@ -121,10 +127,11 @@ def rows_of(books: dict[str, str]) -> tuple[list[Row], list[Row]]:
     sides: tuple[dict[str, list[Row]], ...] = ({}, {})
     for language, group in found.items():
         for chapter, paragraph in group:
-            part = taken(paragraph)
-            if part is None or (holders[paragraph] > 1 and language != "en"):
+            text = taken(paragraph)
+            parts = cut(text) if text else None
+            if parts is None or (holders[paragraph] > 1 and language != "en"):
                 continue
-            beginning, continuation = cut(part)
+            beginning, continuation = parts
             row = {
                 "messages": [{"role": "user", "content": beginning}],
                 "response": continuation,

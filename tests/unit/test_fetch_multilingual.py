@@ -1,12 +1,15 @@
 """The script that makes multilingual prompts, as far as it goes without a network: on made-up books."""
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from jaxdistill.errors import DataError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TRAIN, HELD_OUT = 1, 2  # chapters
@@ -67,3 +70,28 @@ def test_what_stands_in_two_books_is_english_and_what_stands_twice_in_one_is_kep
         ("en", words("twice")),
     }
     assert not heldout
+
+
+def test_a_paragraph_without_a_place_to_cut_is_left_out(script: ModuleType) -> None:
+    """Its only space comes before two fifths of it."""
+    whole = "a" * 50 + " " + "b" * 100
+    assert script.taken(whole) == whole and script.cut(whole) is None
+    assert script.cut("b" * 100 + " " + "a" * 50) == ("b" * 100, " " + "a" * 50)
+    chinese = book(*((TRAIN, words(f"zh {i}")) for i in range(2)))
+    english = book((TRAIN, whole), (TRAIN, words("one")))
+    train, _ = script.rows_of({"zh-cn": chinese, "en": english})
+    assert {text for language, text in texts(train) if language == "en"} == {words("one")}
+
+
+@pytest.mark.parametrize("left", [[], ["debian-reference-it_1_all.deb", "debian-reference-it_2_all.deb"]])
+def test_a_download_of_no_or_two_files_is_said(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: list[str]
+) -> None:
+    def run(*command: str, folder: Path) -> None:
+        for name in left:
+            (folder / name).touch()
+
+    monkeypatch.setattr(script, "run", run)
+    said = "no file" if not left else str(left)
+    with pytest.raises(DataError, match=re.escape(f"left {said}, expected one debian-reference-it_*.deb")):
+        script.download("it", tmp_path)
