@@ -1,6 +1,6 @@
 """pydantic's findings in one line of plain words: where, what was got, what was expected, what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from jaxdistill.config.model_keys import item, nearest, suggest
+from jaxdistill.config.overrides import Override
 from jaxdistill.config.yaml_text import KeyPath, dotted, show
 
 _MOST = 5  # more findings than this are counted, not listed: they mostly have one cause
@@ -36,25 +37,24 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Origins:
-    """Where each key came from: the file, its lines, and the overrides by key path."""
+    """Where each key came from: the file, its lines, and the overrides in the order they were applied."""
 
     source: str
     lines: Mapping[KeyPath, int]
-    overrides: Mapping[KeyPath, str]
+    overrides: Sequence[Override]
 
     def of(self, path: KeyPath) -> str:
         """`override 'run.steps=x'`, `file.yaml:12`, or `file.yaml` for a key that nobody gave."""
-        written = tuple(str(part) for part in path)
-        for given, text in self.overrides.items():
-            if written[: len(given)] == given:
-                return f"override {text!r}"
         line = self.lines.get(path)
-        if line:
-            return f"{self.source}:{line}"
-        for given, text in self.overrides.items():
-            if path and given[: len(path)] == written:  # a mapping that only this override made
-                return f"override {text!r}"
-        return self.source
+        place, empty = (f"{self.source}:{line}", False) if line else (self.source, True)
+        written = tuple(str(part) for part in path)
+        for override in self.overrides:
+            sets = written[: len(override.path)] == override.path
+            # What holds nothing yet becomes a mapping by the first override of a key inside it.
+            makes = empty and path and override.path[: len(path)] == written
+            if sets or makes:
+                place, empty = f"override {override.text!r}", sets and override.value is None
+        return place
 
 
 def explain(error: ValidationError, data: Any, model: type[BaseModel], origins: Origins) -> str:

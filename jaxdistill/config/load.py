@@ -32,7 +32,7 @@ def load[ModelT: BaseModel](path: Path, overrides: Sequence[str], model: type[Mo
     document = parse(_read(path), source)
     if not isinstance(document.value, dict | None):
         raise ConfigError(f"{source}: holds {show(document.value)}, expected a mapping of keys to values")
-    origins = Origins(source, document.lines, {override.path: override.text for override in parsed})
+    origins = Origins(source, document.lines, parsed)
     data = _resolve(apply(document, parsed, source), source)
     try:
         return model.model_validate_json(json.dumps(data), strict=True)

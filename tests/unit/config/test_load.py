@@ -183,6 +183,23 @@ def test_bad_override(written: Callable[[str], Path], override: str, message: st
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("run=null", "run.dir=x", "run.steps=0"), "override 'run.steps=0': 'run.steps' is 0"),
+        (("run.steps=0", "run.steps=4", "run.steps=-1"), "override 'run.steps=-1': 'run.steps' is -1"),
+        (("run.steps=0", "run=null", "run.dir=x", "run.steps=-1"), "override 'run.steps=-1': 'run.steps' is"),
+        (("run.steps=0", "run=null", "run.dir=x"), "override 'run=null': key 'run.steps' is required"),
+        (("spare.kind=a", "spare=[1]"), "override 'spare=[1]': 'spare' is [1] (list), expected a mapping"),
+        (("teacher=null", "teacher.path=a"), "override 'teacher.path=a': key 'teacher.kind' is required"),
+    ],
+)
+def test_of_several_overrides_the_one_that_set_the_value_is_named(
+    written: Callable[[str], Path], overrides: tuple[str, ...], message: str
+) -> None:
+    assert refusal(written(BASE), *overrides).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (
