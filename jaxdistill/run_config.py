@@ -137,8 +137,7 @@ class RunConfig(StrictConfig):
         if objective.signal == "exact" and not objective.reads_chunks:
             raise ValueError(
                 "objective.signal=exact keeps one-to-one chunks alone, but objective.kind="
-                f"{self.objective.kind} reads no chunks here; leave signal out, or name a credit other than "
-                "projected"
+                f"{self.objective.kind} reads no chunks here; {objective.signal_advice}"
             )
         values = {"objective": objective}
         values |= {"teacher": teachers[0]} if self.teacher is not None else {"teachers": teachers}

@@ -70,6 +70,11 @@ class ObjectiveSettings(StrictConfig):
         return False
 
     @property
+    def signal_advice(self) -> str:
+        """What to do about a `signal` that is set where no chunks are read."""
+        return "leave objective.signal out"
+
+    @property
     def reads_reward(self) -> bool:
         """The task reward joins its advantage."""
         return False

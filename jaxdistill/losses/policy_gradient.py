@@ -68,6 +68,10 @@ class PolicyGradientSettings(ObjectiveSettings):
         return self.credit not in ("auto", "projected")
 
     @property
+    def signal_advice(self) -> str:
+        return f"{super().signal_advice}, or set objective.credit={self.chunk_credit}, which reads them"
+
+    @property
     def reads_reward(self) -> bool:
         return self.reward_coefficient > 0
 

@@ -88,6 +88,10 @@ class SumConfig(ObjectiveSettings):
         return any(term.objective.reads_chunks for term in self.terms)
 
     @property
+    def signal_advice(self) -> str:
+        return f"{super().signal_advice}, and that of each term"
+
+    @property
     def reads_reward(self) -> bool:
         return any(term.objective.reads_reward for term in self.terms)
 

@@ -58,17 +58,31 @@ def test_an_objective_that_would_have_no_rows_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "overrides"),
+    ("objective", "credit"),
     [
-        ({"kind": "reverse_kl", "signal": "exact", "credit": "projected"}, TOP_K),
-        ({"kind": "minillm", "signal": "exact", "credit": "projected"}, TOP_K),
-        ({"kind": "gkd", "signal": "exact"}, TOP_K),
-        ({"kind": "sft", "signal": "exact"}, ()),
+        ({"kind": "reverse_kl", "credit": "projected"}, "lookahead"),
+        ({"kind": "minillm", "credit": "projected"}, "chunk"),
+        *(({"kind": kind}, None) for kind in ("gkd", "uld", "gold", "xtoken", "sft")),
     ],
 )
-def test_a_choice_of_chunks_that_nothing_reads_is_refused(tmp_path, objective, overrides):
-    with pytest.raises(ConfigError, match="signal=exact keeps one-to-one chunks alone"):
-        read(tmp_path, objective, *overrides)
+def test_a_choice_of_chunks_that_nothing_reads_is_refused_with_what_can_be_done(tmp_path, objective, credit):
+    with pytest.raises(ConfigError, match="signal=exact keeps one-to-one chunks alone") as refused:
+        read(tmp_path, objective | {"signal": "exact"}, *TOP_K)
+    advice = str(refused.value).rpartition("; ")[2]
+    other = f", or set objective.credit={credit}, which reads them" if credit else ""
+    assert advice == f"leave objective.signal out{other}"
+    read(tmp_path, objective, *TOP_K)  # both can be followed
+    if credit:
+        read(tmp_path, objective | {"signal": "exact", "credit": credit}, *TOP_K)
+
+
+def test_a_sum_whose_terms_read_no_chunks_has_no_choice_of_them_either(tmp_path):
+    term = {"kind": "uld", "signal": "exact"}
+    with pytest.raises(ConfigError, match=r"leave objective\.signal out, and that of each term$"):
+        read(tmp_path, terms(term) | {"signal": "exact"}, *TOP_K)
+
+
+def test_objectives_on_chunks_choose_among_them(tmp_path):
     for kind in ("reverse_kl", "minillm", "alm"):  # without top-k they read chunks
         assert read(tmp_path, {"kind": kind, "signal": "exact"}).objective.signal == "exact"
 
