@@ -70,7 +70,7 @@ def tokenizer_doubt(teacher: Teacher) -> str | None:
         return None
     return (
         f"teacher {teacher.name!r}: nothing proves that {teacher.tokenizer.where} is the tokenizer of the "
-        f"served model {teacher.identity.model}, since its server keeps none to compare with; see that "
+        f"served model {teacher.identity.model}, since no ids could be compared with its server's; see that "
         "teacher.tokenizer is the served model's own (where it is left out, the student's is taken)"
     )
 

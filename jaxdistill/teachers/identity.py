@@ -34,8 +34,8 @@ PROBED_WORDS, PROBED_CONTROLS = 48, 64  # ids of each sort in one request
 class TeacherIdentity:
     """What a run remembers of its teacher, and finds again when it is resumed.
 
-    `tokenizer` is the fingerprint of the configured tokenizer; `tokenizer_checked` is false where the
-    server keeps none to compare with. `longest` is the longest row it reads, in tokens. `canary` holds the
+    `tokenizer` is the fingerprint of the configured tokenizer; `tokenizer_checked` is false where it
+    was not compared with the server's. `longest` is the longest row it reads, in tokens. `canary` holds the
     canary's log-probabilities.
     """
 
@@ -118,12 +118,13 @@ def check_tokenizer(
 ) -> bool:
     """Compare the configured tokenizer with the served model's by what single ids stand for.
 
-    `post` sends a `/generate` body and returns the decoded reply. Returns false where the server keeps no
-    tokenizer, so that there is nothing to compare with (see `base.tokenizer_doubt`). Raises `ConfigError` for
-    another tokenizer, and `TeacherContractError` where the server refuses the ids: its vocabulary is smaller.
+    `post` sends a `/generate` body and returns the decoded reply. Returns false where nothing is compared
+    (see `base.tokenizer_doubt`): the server keeps no tokenizer, or there are not two ids to ask it for.
+    Raises `ConfigError` for another tokenizer, and `TeacherContractError` where the server refuses the ids:
+    its vocabulary is smaller.
     """
     words, controls, end = _known_texts(tokenizer)
-    compared = True
+    compared = False
     for low, high in ((0, min(COMMON_IDS, end)), (COMMON_IDS, end)):
         picked = _spread([i for i in controls if low <= i < high], PROBED_CONTROLS)
         picked += _spread([i for i in words if low <= i < high], PROBED_WORDS)
@@ -133,8 +134,7 @@ def check_tokenizer(
         expected = [controls.get(i) or words[i] for i in ids]
         texts = _served_texts(post, ids, tokenizer.vocab_size, where)
         if all(text is None for text in texts):
-            compared = False  # the other ids are asked for all the same: a smaller vocabulary refuses them
-            continue
+            continue  # the other ids are asked for all the same: a smaller vocabulary refuses them
         wrong = [
             f"id {i} is {text!r:.60} there and {meant!r:.60} here"
             for i, text, meant in zip(ids, texts, expected, strict=True)
@@ -146,6 +146,7 @@ def check_tokenizer(
                 f"{len(ids)} ids {len(wrong)} stand for other texts ({'; '.join(wrong[:3])}); set "
                 "teacher.tokenizer to the served model's own (where it is left out, the student's is taken)"
             )
+        compared = True
     return compared
 
 

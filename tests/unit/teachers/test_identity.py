@@ -146,6 +146,19 @@ def test_a_server_without_texts_cannot_be_compared(tokenizer: Tokenizer) -> None
         check_tokenizer(some, tokenizer, 127, WHERE)
 
 
+def test_a_tokenizer_that_nothing_was_asked_of_is_not_proved(tiny_model: Path, tmp_path: Path) -> None:
+    """A row that holds one id has none to score, and a vocabulary of two has one id to ask for."""
+    folder = tmp_path / "two"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
+    asked: list[Mapping[str, Any]] = []
+    for path, longest in ((tiny_model, 1), (folder, 127)):
+        tokenizer = Tokenizer.load(str(path))
+        assert not check_tokenizer(asked.append, tokenizer, longest, WHERE)
+    assert not asked
+
+
 def test_a_smaller_vocabulary_is_refused_where_there_are_no_texts(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
