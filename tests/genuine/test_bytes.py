@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxdistill.text import Tokenizer
 from jaxdistill.text.byte_table import model_vocabulary
 
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Its decoder takes one leading space off again, which the tokenizer put there for a text's first word.
 STRIPS_A_SPACE = ("mistral_v1",)
 # Their vocabularies lack some bytes, by design of their training.

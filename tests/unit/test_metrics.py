@@ -42,7 +42,7 @@ json_values = st.recursive(
 
 
 @given(rows=st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=3), max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_row_is_one_line_that_strict_json_reads(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
 ) -> None:
@@ -59,7 +59,7 @@ def test_any_row_is_one_line_that_strict_json_reads(
 
 
 @given(cut=st.integers(min_value=0, max_value=400), again=st.integers(min_value=0, max_value=7))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_a_file_cut_anywhere_keeps_its_whole_rows_and_goes_on(
     tmp_path_factory: pytest.TempPathFactory, cut: int, again: int
 ) -> None:
@@ -151,7 +151,7 @@ def test_values_after_a_flush_join_their_row(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_each_step_stands_once_after_any_crashes(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -47,7 +47,7 @@ def test_the_exact_signal_drops_all_other_chunks(spans_of: Make) -> None:
     assert targets.stats["chunks"] == 1 and targets.stats["teacher_logprob_total"] == -8
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cuts=st.tuples(*[st.sets(st.integers(1, 39), max_size=30)] * 2), seed=st.integers(0, 99))
 def test_nothing_is_lost_or_counted_twice(spans_of: Make, cuts: tuple[set[int], set[int]], seed: int) -> None:
     data = bytes(range(40))

@@ -25,7 +25,7 @@ def token_symbols(spans: TokenSpans, index: int) -> list[object]:
     return list(spans.data[spans.starts[index] : spans.ends[index]])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_agreement_is_the_longest_common_prefix(
     tokenizers: dict[str, Tokenizer], data: st.DataObject
@@ -71,7 +71,7 @@ def test_role_numbers_stay_below_those_of_special_tokens() -> None:
     assert max(ROLES.values()) < OTHER_SPECIAL < 256
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_short_contents_are_encoded_as_each_by_itself(
     all_tokenizers: dict[str, Tokenizer], data: st.DataObject

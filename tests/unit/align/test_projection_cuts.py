@@ -50,7 +50,7 @@ def asked(student: Tokenizer, teacher: Tokenizer, before: str, after: str) -> tu
     return ask(cuts, int(cuts.contexts(student.encode(before))[-1]), tokens)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_cuts_are_what_encoding_the_whole_says(
     all_tokenizers: dict[str, Tokenizer], data: st.DataObject
@@ -78,7 +78,7 @@ def test_cuts_are_what_encoding_the_whole_says(
             assert answer == (not after or keeps(student, response, border, after)), (border, after)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_what_is_known_to_follow_is_part_of_the_context(
     all_tokenizers: dict[str, Tokenizer], data: st.DataObject
@@ -181,7 +181,7 @@ def test_forgetting_changes_no_answer(tokenizers: dict[str, Tokenizer]) -> None:
     assert int(small.contexts(new).max()) <= len(new) < int(large.contexts(new).max())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     batches=st.lists(st.dictionaries(st.integers(0, 2**63 - 1), st.integers(0, 127), max_size=50), max_size=6)
 )

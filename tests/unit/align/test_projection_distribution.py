@@ -172,7 +172,7 @@ def check(found: Projection, response: TokenSpans, candidates: int) -> None:
         assert values[ids == response.ids[row]].tolist() == [found.logprob[row]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXT, seed=st.integers(0, 2**32 - 1), ends=st.booleans(), data=st.data())
 def test_any_scores_give_what_the_record_promises(
     all_tokenizers: dict[str, Tokenizer], text: str, seed: int, ends: bool, data: st.DataObject
@@ -196,7 +196,7 @@ def test_any_scores_give_what_the_record_promises(
     assert (np.exp(many.logprobs).sum(axis=1) >= np.exp(few.logprobs).sum(axis=1) - 1e-6)[few.mask].all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=TEXT, seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_one_tokenizer_gives_the_textbook(
     all_tokenizers: dict[str, Tokenizer], text: str, seed: int, data: st.DataObject
@@ -220,7 +220,7 @@ def test_one_tokenizer_gives_the_textbook(
         assert dict(got) == wanted
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=TEXT, seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_what_was_asked_before_changes_nothing(
     all_tokenizers: dict[str, Tokenizer], text: str, seed: int, data: st.DataObject

@@ -181,7 +181,7 @@ def random_scores(
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=TEXT, seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_v_never_grows_and_m_is_between_the_path_and_v(
     all_tokenizers: dict[str, Tokenizer], text: str, seed: int, data: st.DataObject

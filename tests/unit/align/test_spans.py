@@ -15,7 +15,7 @@ from jaxdistill.text import Tokenizer, concatenate
 
 Make = Callable[[Sequence[bytes | int]], TokenSpans]
 END, OPEN = 1, 2
-MANY = settings(max_examples=200, deadline=None)
+MANY = settings(max_examples=200)
 
 
 @st.composite
@@ -229,7 +229,7 @@ def test_spans_that_contradict_themselves_are_refused(spans_of: Make) -> None:
         align(good, TokenSpans(good.ids, good.data, good.ends, np.asarray([0, 1], np.int8)))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(content=st.binary(max_size=60) | st.text(max_size=40).map(str.encode), data=st.data())
 def test_every_pair_of_families_covers_any_bytes(
     tokenizers: dict[str, Tokenizer], content: bytes, data: st.DataObject
@@ -244,7 +244,7 @@ def test_every_pair_of_families_covers_any_bytes(
     assert (result.student_chunk >= 0).all() and (result.teacher_chunk >= 0).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_sampled_ids_of_any_kind_find_their_bytes(
     tokenizers: dict[str, Tokenizer], data: st.DataObject

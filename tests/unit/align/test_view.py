@@ -29,7 +29,7 @@ def test_rows_name_each_class(spans_of: Make) -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(left=st.lists(TOKEN, max_size=20), right=st.lists(TOKEN, max_size=20))
 def test_every_token_is_shown_once_in_order(
     spans_of: Make, left: list[bytes | int], right: list[bytes | int]

@@ -26,7 +26,7 @@ def by_loop(advantage, mask, tokens):
     return out
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000))
 def test_siblings_is_its_definition(seed):
     rng = np.random.default_rng(seed)

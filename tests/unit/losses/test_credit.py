@@ -49,7 +49,7 @@ def rows(draw):
 
 
 @pytest.mark.parametrize("credit", RULES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(row=rows())
 def test_each_rule_is_its_definition(credit, row):
     chunks, teacher, student = row

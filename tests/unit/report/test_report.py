@@ -251,7 +251,7 @@ def test_long_samples_are_cut_and_say_so(tmp_path: Path) -> None:
 
 
 @given(values=st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), max_size=400), most=st.integers(2, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_thinning_keeps_the_peaks_and_the_order(values: list[float], most: int) -> None:
     whole = series(values)
     drawn = thin(whole, most)
@@ -264,7 +264,7 @@ def test_thinning_keeps_the_peaks_and_the_order(values: list[float], most: int) 
 
 
 @given(values=st.lists(st.floats(-1e3, 1e3) | st.just(float("nan")), max_size=40), window=st.integers(1, 12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_running_mean_is_the_mean_of_the_window(values: list[float], window: int) -> None:
     got = running_mean(series(values), window).values
     for place, mean in enumerate(got):

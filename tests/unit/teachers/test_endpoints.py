@@ -197,7 +197,7 @@ def test_who_waits_goes_on_at_once_after_the_probe() -> None:
     assert tries <= 8 + 4, "one probe every 0.2 s, not eight"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), limit=st.integers(1, 4))
 def test_whatever_happens_the_books_are_right(seed: int, limit: int) -> None:
     """At most one probe an endpoint; nothing is lent at an open one; outstanding is what was lent."""

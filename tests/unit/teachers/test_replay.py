@@ -53,7 +53,7 @@ def replay(tokenizer: Tokenizer) -> Callable[..., ReplayTeacher]:
     return make
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     contents=st.lists(st.binary(max_size=20), min_size=1, max_size=5, unique=True),
     k=st.integers(0, 3),

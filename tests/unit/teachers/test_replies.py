@@ -23,7 +23,7 @@ from jaxdistill.teachers.replies import LEAST, ROUNDING, RowScores, read_reply
 RECORDED = Path(__file__).parents[2] / "golden" / "sglang"
 VOCABULARY, END = 24, 3
 # A busy machine is no failure.
-timeless = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+timeless = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 FORMS = ("list", "flat", "base64")
 
 

@@ -20,7 +20,7 @@ from jaxdistill.records import END_OF_TURN, OTHER_SPECIAL
 from jaxdistill.text import Tokenizer, concatenate
 from jaxdistill.text.content import ORDINARY, SELF_TEST
 
-SHARED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SHARED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CONTROL_STRINGS = (
     "<|im_end|>\n<|im_start|>system",
     "<|endoftext|><|eot_id|><|end_of_text|>",

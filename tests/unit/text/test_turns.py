@@ -84,7 +84,7 @@ def test_what_stands_before_a_turn_is_its_prompt(tokenizers: dict[str, Tokenizer
         assert rendered.ids[: turn.start].tolist() == tokenizer.render(chat[:index]).tolist()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.text(st.characters(codec="utf-8"), max_size=12), name=st.sampled_from(["chatml", "gemma"]))
 def test_any_words_come_back(tokenizers: dict[str, Tokenizer], content: str, name: str) -> None:
     tokenizer = tokenizers[name]
@@ -162,7 +162,7 @@ def raw_id(folder: Path, token: str) -> int:
     return index
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=WORDS, reasoning=WORDS, argument=WORDS)
 def test_any_typed_marks_and_digits_come_back(
     reasoner: Tokenizer, content: list[str], reasoning: list[str], argument: list[str]
