@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdistill.serving.protocol import Limits, RefusedRequest, ReplyForm, Row
@@ -180,7 +180,6 @@ FIELDS = [
 ]
 
 
-@settings(deadline=None)  # a busy machine is no defect
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values))
 def test_any_body_is_valid_or_refused(changes: dict[str, Any]) -> None:
     try:
