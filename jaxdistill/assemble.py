@@ -49,6 +49,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         write_manifest(folder, config, inputs, teachers)
         schedule = learning_rate(config.optimizer, config.run.steps)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
+        accumulation = config.optimizer.gradient_accumulation_steps
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state = initial_state(inputs.decoder, optimizer, inputs.mesh)
         policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
@@ -78,7 +79,15 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             dir=folder,
             steps=config.run.steps,
             initial=state,
-            train_step=make_train_step(graphdef, inputs.objective, optimizer, state, inputs.mesh),
+            train_step=make_train_step(
+                graphdef,
+                inputs.objective,
+                optimizer,
+                state,
+                inputs.mesh,
+                router_aux_coefficient=config.student.router_aux_coefficient,
+                accumulation=accumulation,
+            ),
             learning_rate=lambda step: float(np.asarray(schedule(step))),
             prompts=inputs.prompts,
             policy=policy,
@@ -90,6 +99,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
                 inputs.mesh,
                 stopwatch,
                 rewards=None if config.reward is None else Rewards.build(config.reward),
+                parts=accumulation,
             ),
             evaluator=build_evaluator(
                 config, inputs, graphdef, inputs.heldout, inputs.heldout_references, teachers

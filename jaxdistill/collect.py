@@ -30,7 +30,7 @@ class Collected:
 class Collector:
     """The host path of a batch. Without `scoring` (`sft`) rows carry no teacher signal, without `rewards` no
     task reward. Who answers a prompt changes from step to step, the number of rows does not: padding fills up
-    to the most there can be."""
+    to the most there can be, in whole `parts`."""
 
     sampler: MixedSampler
     scoring: Scoring | None
@@ -38,6 +38,7 @@ class Collector:
     mesh: Mesh
     stopwatch: Stopwatch
     rewards: Rewards | None = None
+    parts: int = 1
 
     def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
         schedule = self.sampler.schedule
@@ -50,7 +51,7 @@ class Collector:
             with self.stopwatch.stage("reward"):
                 rewards, metrics = self.rewards(rollouts)
         with self.stopwatch.stage("pack"):
-            rows = padded_rows(schedule.rows, self.mesh)
+            rows = padded_rows(schedule.rows, self.mesh, self.parts)
             targets = [None] * len(rollouts) if scored is None else scored.targets
             packed = pack(rollouts, targets, buckets=self.buckets, rows=rows, rewards=rewards)
             batch = place_batch(packed, self.mesh)

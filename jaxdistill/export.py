@@ -1,4 +1,5 @@
-"""`python -m jaxdistill.export --run DIR [--step N] --out DIR`: a checkpoint as a Hugging Face folder."""
+"""`python -m jaxdistill.export --run DIR [--step N] [--dtype bfloat16] --out DIR`: a checkpoint as a Hugging
+Face folder."""
 
 import argparse
 import json
@@ -6,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from flax import nnx
 
@@ -14,7 +16,7 @@ from jaxdistill.cli import exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.run_config import RunConfig
-from jaxdistill.students import Decoder, read_config, save_decoder
+from jaxdistill.students import Decoder, StoredDtype, read_config, save_decoder
 
 PROVENANCE = "jaxdistill.json"  # in every export: which run and step it is, and that it may be replaced
 
@@ -25,17 +27,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run folder")
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(StoredDtype),
+        default="float32",
+        help="of the weights (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
 
     def body() -> None:
-        step = export(arguments.run, arguments.step, arguments.out)
+        step = export(arguments.run, arguments.step, arguments.out, dtype=arguments.dtype)
         print(f"step {step} of {arguments.run} -> {arguments.out}")
 
     return exit_code_of(body)
 
 
-def export(run: Path, step: int | None, out: Path) -> int:
-    """Write checkpoint `step` (default: the newest) of `run` to `out`; returns the step.
+def export(run: Path, step: int | None, out: Path, *, dtype: StoredDtype = "float32") -> int:
+    """Write checkpoint `step` (default: the newest) of `run` to `out`, weights in `dtype`; returns the step.
 
     An earlier export at `out` is replaced once the new one is whole. Raises `ConfigError` if `run` is no
     run folder, has no such checkpoint or chat template, or `out` is anything but an export, `CheckpointError`
@@ -55,7 +63,7 @@ def export(run: Path, step: int | None, out: Path) -> int:
     fresh, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_decoder(nnx.merge(graphdef, params), fresh, source=source)
+    save_decoder(nnx.merge(graphdef, params), fresh, source=source, dtype=dtype)
     if template is not None:  # what it learned to read is part of the model
         (fresh / "chat_template.jinja").write_bytes(template)
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")

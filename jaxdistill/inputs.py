@@ -93,6 +93,11 @@ def read_student(config: RunConfig) -> Student:
             f"student.path={config.student.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
             f"only {decoder.config.vocab_size}; they do not belong together"
         )
+    if config.student.router_aux_coefficient and decoder.config.experts is None:
+        raise ConfigError(
+            f"student.router_aux_coefficient={config.student.router_aux_coefficient}, but the model in "
+            f"student.path={config.student.path} has no experts; leave the coefficient out"
+        )
     if config.buckets[-1] > decoder.config.max_length:
         raise ConfigError(
             f"rows of {config.buckets[-1]} tokens, but the student reads at most "

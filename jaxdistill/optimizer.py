@@ -10,7 +10,8 @@ from jaxdistill.config import StrictConfig
 
 
 class OptimizerConfig(StrictConfig):
-    """`final_fraction` is the share of the peak rate left at the last step of a cosine."""
+    """`final_fraction` is the share of the peak rate left at the last step of a cosine. An update's rows are
+    read in `gradient_accumulation_steps` parts, one after the other: the same update in less memory."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -21,6 +22,7 @@ class OptimizerConfig(StrictConfig):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -38,7 +40,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW (Loshchilov & Hutter 2019, algorithm 2); norm scales are not decayed."""
+    """Clip, then AdamW (Loshchilov & Hutter 2019, algorithm 2); norm scales and biases are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -56,5 +58,5 @@ def _decayed(params: Any) -> Any:
     """True for the parameters that weight decay applies to. Told by name: the norm scales of all
     layers are stacked into matrices, so the number of axes does not tell."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not jax.tree_util.keystr(path[-1:]).rstrip("']").endswith("norm"), params
+        lambda path, _: not jax.tree_util.keystr(path[-1:]).rstrip("']").endswith(("norm", "bias")), params
     )

@@ -41,11 +41,15 @@ class RunSection(StrictConfig):
 class StudentConfig(StrictConfig):
     """The model that learns: a folder in Hugging Face format. `roles` overrides which token
     plays which role, e.g. {end_of_turn: "<|im_end|>"}; `chat_template` is a Jinja file in place of the
-    folder's own (configs/templates/completion.jinja: plain text, for base models)."""
+    folder's own (configs/templates/completion.jinja: plain text, for base models).
+
+    `router_aux_coefficient` is for a student with experts: how much of the loss that keeps them equally busy
+    is added to the objective (`router_balance` in the metrics says what it is)."""
 
     path: str
     roles: dict[str, str] = Field(default_factory=dict)
     chat_template: Path | None = None
+    router_aux_coefficient: float = Field(default=0.0, ge=0)
 
 
 class RunConfig(StrictConfig):

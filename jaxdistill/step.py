@@ -1,9 +1,10 @@
 """One update: forward, tiled head, gradient, optax; one compiled program per batch shape.
 
-Letters: B rows, T positions.
+Letters: B rows, M parts of a batch, T positions.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from jaxdistill.batch import Batch, Mean
-from jaxdistill.losses import LossOutput, Objective, evaluate_objective
+from jaxdistill.losses import LossOutput, Objective, Prepared, evaluate_objective
 from jaxdistill.parallel.rules import param_shardings, row_shards
 from jaxdistill.students.decoder import Decoder
+from jaxdistill.students.experts import load_balance
 
 Metrics = dict[str, Mean]
 
@@ -55,32 +57,83 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     mesh: Mesh,
+    *,
+    accumulation: int = 1,
+    router_aux_coefficient: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that consumes (donates) the state it is given and returns the next one on the same
     devices as `state`, so that no later call meets another layout and compiles again.
 
-    Metrics: `loss`, `grad_norm` and the objective's own, each a `Mean` over the global batch.
+    With `accumulation` M above 1 the model reads the batch in M parts, one after the other, and their
+    gradients are added up: the same update (what is normalised over the batch is settled before it is split)
+    with the activations of one part. B must be a multiple of M times the devices that rows are split over.
+
+    Metrics: `loss`, `grad_norm` and the objective's own, each a `Mean` over the global batch; of a student
+    with experts also `router_balance` (`load_balance`, the mean over the parts). What is minimised is the
+    loss plus `router_aux_coefficient` times that.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def sums(
+        params: Any, tokens: Int32[Array, "B T"], read: Bool[Array, "B T"], prepared: Prepared
+    ) -> tuple[Array, LossOutput]:
+        """What these rows add to what is minimised, and the objective's sums over them."""
+        decoder = nnx.merge(graphdef, params)
+        hidden, load = decoder.read(tokens, read)
+        out = evaluate_objective(
+            objective,
+            prepared,
+            hidden,
+            decoder.output_embedding,
+            softcap=decoder.config.logit_softcap,
+            row_shards=row_shards(mesh),
+        )
+        value = jnp.asarray(out.objective.total / out.objective.weight)  # the whole batch's weight
+        if load is not None:
+            balance = load_balance(load)
+            value += router_aux_coefficient * balance / accumulation
+            out = replace(out, metrics=out.metrics | {"router_balance": Mean(balance, jnp.float32(1))})
+        return value, out
+
+    def gradients_of(params: Any, batch: Batch) -> tuple[Any, LossOutput]:
+        gradient = jax.grad(sums, has_aux=True)
         prepared = objective.prepare(batch)
+        if accumulation == 1:
+            return gradient(params, batch.tokens, read_tokens(batch), prepared)
 
-        def loss(params: Any) -> tuple[Array, LossOutput]:
-            decoder = nnx.merge(graphdef, params)
-            hidden = decoder(batch.tokens)
-            out = evaluate_objective(
-                objective, prepared, hidden, decoder.output_embedding, row_shards=row_shards(mesh)
-            )
-            return jnp.asarray(out.objective.total / out.objective.weight), out
+        def add(totals: Any, rows: tuple[Array, Array, Any]) -> tuple[Any, LossOutput]:
+            tokens, read, targets = rows
+            part = replace(prepared, targets=targets, metrics={})
+            gradients, out = gradient(params, tokens, read, part)
+            return jax.tree.map(jnp.add, totals, gradients), out
 
-        (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        rows = (batch.tokens, read_tokens(batch), prepared.targets)
+        parts = jax.tree.map(lambda x: _parts(x, accumulation), rows)
+        gradients, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        out: LossOutput = jax.tree.map(lambda x: x.sum(axis=0), outs)
+        # Each part divided by the weight of all, which is therefore in the sum once too often.
+        loss = Mean(out.objective.total, out.objective.weight / accumulation)
+        return gradients, LossOutput(loss, out.metrics | prepared.metrics)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, out = gradients_of(state.params, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = out.metrics | {
             "loss": out.objective,
-            "grad_norm": Mean(optax.global_norm(gradients), jnp.float32(1)),
+            "grad_norm": Mean(optax.tree.norm(gradients), jnp.float32(1)),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _parts(x: Shaped[Array, "B ..."], count: int) -> Shaped[Array, "M B/M ..."]:
+    """Rows m, m + M, m + 2M, ... as part m: every device splits the rows it has."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
+
+def read_tokens(batch: Batch) -> Bool[Array, "B T"]:
+    """The tokens of each row up to the last of its response: all that are not padding and can matter."""
+    after = jnp.cumsum(batch.response_mask[:, ::-1], axis=1)[:, ::-1]
+    return after > 0

@@ -1,14 +1,16 @@
 """Make the fixtures that hold the decoder to transformers: needs an environment with torch.
 
-    python scripts/make_parity_fixtures.py                          # tests/golden/parity/<name>/
+    python scripts/make_parity_fixtures.py [NAME ...]               # tests/golden/parity/<name>/
     python scripts/make_parity_fixtures.py --smollm2 DIR [--recorded REPLY.json ...]   # tests/golden/smollm2/
 
-The first form writes tiny random models in Hugging Face format, each with what transformers computes
-from it: logits, a greedy continuation, gradients. The second writes the logits of the SmolLM2 folder
-that `scripts/fetch_smollm2.py` made, and compares recorded SGLang replies with the same weights.
+The first form writes tiny random models (all, or those named) in Hugging Face format, each with what
+transformers computes from it: logits, a greedy continuation, gradients. The second writes the logits of
+the SmolLM2 folder that `scripts/fetch_smollm2.py` made, and compares recorded SGLang replies with the
+same weights.
 Everything is seeded; docs/design/parity.md says what the files show.
 
-Shape letters: B = rows, T = positions, V = vocabulary, N = columns kept of V, K = 16 best ids.
+Shape letters: B = rows, T = positions, V = vocabulary, N = columns kept of V, K = 16 best ids,
+E = experts.
 """
 
 # pyright: reportMissingImports=false
@@ -22,14 +24,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 VOCAB, ROWS, LENGTH, PROMPT, CONTINUATION = 128, 2, 17, 5, 8
 # Choices of the greedy continuation must not hang on rounding: the best logit leads by at least this.
 GREEDY_MARGIN = 0.05
+# Nor may the choice of experts: the least likely chosen one leads by this much, in the router's logits.
+ROUTER_MARGIN = 0.005
 DISTINCT = 5  # a continuation that repeats one token would test little
 GRADIENTS = (
     "model.embed_tokens.weight",
@@ -39,6 +57,17 @@ GRADIENTS = (
     "model.layers.1.self_attn.k_proj.weight",
     "model.layers.1.self_attn.k_norm.weight",
     "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.0.self_attn.qkv_proj.weight",
+    "model.layers.1.self_attn.q_proj.bias",
+    "model.layers.1.self_attn.v_proj.bias",
+    "model.layers.0.mlp.gate_up_proj.weight",
+    "model.layers.0.mlp.gate.weight",
+    "model.layers.2.mlp.gate.weight",
+    "model.layers.0.mlp.experts.0.gate_proj.weight",
+    "model.layers.1.mlp.experts.3.up_proj.weight",
+    "model.layers.2.mlp.experts.5.down_proj.weight",
+    "model.layers.0.pre_feedforward_layernorm.weight",
+    "model.layers.1.post_feedforward_layernorm.weight",
     "model.layers.1.post_attention_layernorm.weight",
     "model.layers.1.mlp.down_proj.weight",
     "model.norm.weight",
@@ -52,12 +81,12 @@ MULTILINGUAL_LENGTH, COLUMN_STEP, TOP = 40, 64, 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """One tiny model: its class, its config, and the size of its random embedding."""
+    """One tiny model: its config, the size of its random embedding, and the mean of its norms' weights."""
 
-    model: type[PreTrainedModel]
-    config: LlamaConfig | Qwen3Config
+    config: PreTrainedConfig
     embedding_scale: float
     seed: int
+    norm: float = 1.0
 
 
 # Bases and epsilons are unusual on purpose: a reader that falls back on a default fails the comparison.
@@ -68,48 +97,192 @@ COMMON: dict[str, Any] = {
 
 
 def recipes() -> dict[str, Recipe]:
-    """The models, by folder name: grouped queries, a head size of its own, q/k norms; tied and untied."""
-    llama = LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2,
-        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
-        tie_word_embeddings=False, **COMMON,
-    )  # fmt: skip
-    llama_tied = LlamaConfig(
-        hidden_size=40, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
-        rms_norm_eps=3e-3, rope_parameters={"rope_type": "default", "rope_theta": 300.0},
-        tie_word_embeddings=True, **COMMON,
-    )  # fmt: skip
-    qwen3 = Qwen3Config(
-        hidden_size=48, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=True, **COMMON,
-    )  # fmt: skip
-    return {
-        "llama": Recipe(LlamaForCausalLM, llama, 1.0, seed=11),
-        "llama_tied": Recipe(LlamaForCausalLM, llama_tied, 0.5, seed=22),
-        "qwen3": Recipe(Qwen3ForCausalLM, qwen3, 0.5, seed=33),
+    """The models, by folder name. Windows are shorter than the rows, and layers are as many as it takes for
+    their kinds to repeat and leave a rest."""
+
+    def rope(theta: float, **scaling: Any) -> dict[str, Any]:
+        return {"rope_type": "default", "rope_theta": theta, **scaling}
+
+    wide = {**COMMON, "hidden_size": 48, "intermediate_size": 80}
+    grouped = {**wide, "num_attention_heads": 6, "num_key_value_heads": 2}
+    heads16 = {**wide, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    llama_tied = {
+        **COMMON,
+        "hidden_size": 40,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "head_dim": 16,
     }
+    return {
+        "llama": Recipe(
+            LlamaConfig(**grouped, rms_norm_eps=1e-5, rope_parameters=rope(5e4), tie_word_embeddings=False),
+            1.0, seed=11,
+        ),
+        "llama_tied": Recipe(
+            LlamaConfig(
+                **llama_tied, num_key_value_heads=4, rms_norm_eps=3e-3, rope_parameters=rope(300.0),
+                tie_word_embeddings=True,
+            ),
+            0.5, seed=22,
+        ),
+        "qwen3": Recipe(
+            Qwen3Config(**heads16, rms_norm_eps=1e-6, rope_parameters=rope(1e6), tie_word_embeddings=True),
+            0.5, seed=33,
+        ),
+        # A context of 16 and a base of 50: of the four frequencies some are kept, blended and stretched.
+        "llama3": Recipe(
+            LlamaConfig(
+                **grouped, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True, tie_word_embeddings=False,
+                rope_parameters=rope(
+                    50.0, rope_type="llama3", factor=4.0, low_freq_factor=0.5, high_freq_factor=2.0,
+                    original_max_position_embeddings=16,
+                ),
+            ),
+            1.0, seed=44,
+        ),
+        "mistral": Recipe(
+            MistralConfig(
+                **heads16, rms_norm_eps=1e-5, rope_parameters=rope(2e4), sliding_window=6,
+                tie_word_embeddings=False,
+            ),
+            1.0, seed=55,
+        ),
+        "qwen2": Recipe(
+            Qwen2Config(
+                **{**grouped, "num_hidden_layers": 3}, rms_norm_eps=1e-6, rope_parameters=rope(1e6),
+                use_sliding_window=True, sliding_window=7, max_window_layers=1, tie_word_embeddings=True,
+            ),
+            0.5, seed=66,
+        ),
+        "qwen3_moe": Recipe(
+            Qwen3MoeConfig(
+                **{**heads16, "num_hidden_layers": 3}, rms_norm_eps=1e-6, rope_parameters=rope(1e6),
+                use_sliding_window=True, sliding_window=7, num_experts=8, num_experts_per_tok=2,
+                moe_intermediate_size=12, norm_topk_prob=True,
+            ),
+            1.0, seed=144,
+        ),
+        "qwen3_yarn": Recipe(
+            Qwen3Config(
+                **heads16, rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=True,
+                rope_parameters=rope(
+                    200.0, rope_type="yarn", factor=8.0, original_max_position_embeddings=32,
+                    beta_fast=4.0, beta_slow=0.5,
+                ),
+            ),
+            0.5, seed=77,
+        ),
+        "gemma2": Recipe(
+            Gemma2Config(
+                **{**heads16, "num_hidden_layers": 3}, rms_norm_eps=1e-5, rope_parameters=rope(2e3),
+                sliding_window=5, query_pre_attn_scalar=9, attn_logit_softcapping=3.0,
+                final_logit_softcapping=8.0,
+            ),
+            0.15, seed=88, norm=1.5,
+        ),
+        "gemma3": Recipe(
+            Gemma3TextConfig(
+                **{**heads16, "num_hidden_layers": 5}, rms_norm_eps=1e-5, sliding_window=5,
+                query_pre_attn_scalar=20,
+                layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+                rope_parameters={
+                    "full_attention": rope(1e5, rope_type="linear", factor=8.0),
+                    "sliding_attention": rope(300.0),
+                },
+            ),
+            0.15, seed=99, norm=1.0,
+        ),
+        "smollm3": Recipe(
+            SmolLM3Config(
+                **{**grouped, "num_hidden_layers": 5}, rms_norm_eps=1e-6, rope_parameters=rope(2e6),
+                no_rope_layer_interval=2, use_sliding_window=True, sliding_window=6, tie_word_embeddings=True,
+            ),
+            0.5, seed=111,
+        ),
+        "olmo2": Recipe(
+            Olmo2Config(**grouped, rms_norm_eps=1e-6, rope_parameters=rope(5e5), tie_word_embeddings=False),
+            1.0, seed=122,
+        ),
+        "phi3": Recipe(
+            Phi3Config(
+                **{**grouped, "hidden_size": 96, "num_attention_heads": 6}, rms_norm_eps=1e-5,
+                original_max_position_embeddings=64, sliding_window=9, tie_word_embeddings=False,
+                rope_parameters=rope(
+                    1e4, rope_type="longrope", partial_rotary_factor=0.75,
+                    short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5], long_factor=[2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+                ),
+            ),
+            1.0, seed=133,
+        ),
+    }  # fmt: skip
 
 
-def randomise(model: PreTrainedModel, scale: float, rng: np.random.Generator) -> None:
+def randomise(model: PreTrainedModel, recipe: Recipe, rng: np.random.Generator) -> None:
     """Overwrite every parameter: matrices keep a signal's size, queries and keys attend sharply, norm
-    weights lie around 1, so that a forgotten or exchanged one shows in the logits."""
+    weights lie around the recipe's figure, biases around 0, so that a forgotten or exchanged one shows in the
+    logits."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = rng.standard_normal(tuple(parameter.shape))
             if parameter.ndim == 1:
-                values = 1.0 + 0.3 * values
+                values = (0.0 if name.endswith("bias") else recipe.norm) + 0.3 * values
             elif "embed_tokens" in name:
-                values = values * scale
+                values = values * recipe.embedding_scale
             else:
                 gain = 1.6 if "q_proj" in name or "k_proj" in name else 1.2
-                values = values * gain / parameter.shape[1] ** 0.5
+                values = values * gain / parameter.shape[-1] ** 0.5
             parameter.copy_(torch.from_numpy(values))
 
 
 def logits_of(model: PreTrainedModel, tokens: np.ndarray) -> torch.Tensor:
     """Logits [B, T, V] of int tokens [B, T], every position attended as real."""
     return model(input_ids=torch.from_numpy(tokens.astype(np.int64))).logits
+
+
+def router_logits_of(model: PreTrainedModel, tokens: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Each layer's router logits [B * T, E]; none for a model without experts."""
+    if not hasattr(model.config, "num_experts_per_tok"):
+        return ()
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        return model(input_ids=ids, output_router_logits=True).router_logits
+
+
+def clear_experts(model: PreTrainedModel, tokens: np.ndarray) -> bool:
+    """Whether no choice of experts for `tokens` [B, T] hangs on rounding."""
+
+    def margin(logits: torch.Tensor) -> float:
+        kept = model.config.num_experts_per_tok
+        best = logits.topk(kept + 1).values
+        return float((best[:, kept - 1] - best[:, kept]).min())
+
+    return all(margin(logits) >= ROUTER_MARGIN for logits in router_logits_of(model, tokens))
+
+
+def clear_tokens(model: PreTrainedModel, rng: np.random.Generator) -> np.ndarray:
+    """Random tokens int32 [2, 17] for which every choice of experts is clear; never id 0: torch withholds the
+    gradient of the padding id's row of the embedding, a real gradient has it."""
+    for _ in range(1000):
+        tokens = rng.integers(1, VOCAB, (ROWS, LENGTH), dtype=np.int32)
+        if clear_experts(model, tokens):
+            return tokens
+    raise RuntimeError("no tokens with clear choices of experts in 1000 tries; change the model's seed")
+
+
+def balance(model: PreTrainedModel, tokens: np.ndarray) -> dict[str, Any]:
+    """What transformers calls the load balancing loss, mean of its values for each layer alone, over the
+    first `balance_lengths` tokens of each row; nothing for a model without experts."""
+    layers = router_logits_of(model, tokens)
+    if not layers:
+        return {}
+    lengths = np.array([LENGTH, LENGTH - 6], np.int32)
+    real = torch.from_numpy(np.arange(LENGTH) < lengths[:, None])
+    config = model.config
+    each = [
+        load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok, real)
+        for logits in layers
+    ]
+    return {"balance": np.float32(np.mean([float(one) for one in each])), "balance_lengths": lengths}
 
 
 def greedy(model: PreTrainedModel, prompt: np.ndarray) -> np.ndarray | None:
@@ -121,6 +294,8 @@ def greedy(model: PreTrainedModel, prompt: np.ndarray) -> np.ndarray | None:
         if float(best.values[0] - best.values[1]) < GREEDY_MARGIN:
             return None
         ids.append(int(best.indices[0]))
+    if not clear_experts(model, np.array([ids])):
+        return None
     return np.array(ids[len(prompt) :], np.int32)
 
 
@@ -138,9 +313,29 @@ def gradients(model: PreTrainedModel, tokens: np.ndarray, weights: np.ndarray) -
     """d sum(logits * weights) / d parameter: the norm of each, and the arrays of the ones in GRADIENTS."""
     model.zero_grad()
     (logits_of(model, tokens) * torch.from_numpy(weights.astype(np.float32))).sum().backward()
-    arrays = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    arrays: dict[str, np.ndarray] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            arrays |= stored(name, parameter.grad.numpy())
     norms = {f"gradient_norm/{name}": np.float32(np.linalg.norm(value)) for name, value in arrays.items()}
     return norms | {f"gradient/{name}": arrays[name] for name in GRADIENTS if name in arrays}
+
+
+def stored(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    """A parameter under the names that checkpoints have: all experts are one tensor in transformers' module,
+    gate and up stacked, and three tensors each in a checkpoint."""
+    prefix, kind = name.rsplit(".", 1)
+    if not prefix.endswith("mlp.experts"):
+        return {name: value}
+    parts = {kind: value}
+    if kind == "gate_up_proj":
+        gate, up = np.split(value, 2, axis=1)
+        parts = {"gate_proj": gate, "up_proj": up}
+    return {
+        f"{prefix}.{expert}.{part}.weight": array
+        for part, stacked in parts.items()
+        for expert, array in enumerate(stacked)
+    }
 
 
 def rounding(model: PreTrainedModel, tokens: np.ndarray, logits: np.ndarray) -> float:
@@ -164,22 +359,22 @@ def write_older_config(folder: Path) -> None:
 def make_parity(name: str, recipe: Recipe) -> None:
     """Write tests/golden/parity/<name>/: the model, and expected.npz."""
     rng = np.random.default_rng(recipe.seed)
-    model = recipe.model(recipe.config).float().eval()
+    model = AutoModelForCausalLM.from_config(recipe.config).float().eval()
     model.set_attn_implementation("eager")
-    randomise(model, recipe.embedding_scale, rng)
+    model.set_experts_implementation("eager")
+    randomise(model, recipe, rng)
     folder = GOLDEN / "parity" / name
     model.save_pretrained(folder)
     if name == "llama":
         write_older_config(folder)
-    # not id 0: torch withholds the gradient of the padding id's row of the embedding, a real gradient has it
-    tokens = rng.integers(1, VOCAB, (ROWS, LENGTH), dtype=np.int32)
+    tokens = clear_tokens(model, rng)
     weights = rng.integers(-3, 4, (ROWS, LENGTH, VOCAB), dtype=np.int8)  # small integers pack well
     prompt, continuation = clear_prompt(model, rng)
     with torch.no_grad():
         logits = logits_of(model, tokens).numpy()
     np.savez_compressed(
         folder / "expected.npz", tokens=tokens, logits=logits, prompt=prompt, greedy=continuation,
-        logit_weights=weights, **gradients(model, tokens, weights),
+        logit_weights=weights, **gradients(model, tokens, weights), **balance(model, tokens),
     )  # fmt: skip
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
@@ -268,6 +463,7 @@ def compare_recorded(model: PreTrainedModel, replies: list[Path]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make the parity fixtures from transformers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="tiny models to make (default: all)")
     parser.add_argument("--smollm2", type=Path, help="the folder written by scripts/fetch_smollm2.py")
     parser.add_argument(
         "--recorded", type=Path, nargs="*", default=[], help="recorded SGLang scoring replies"
@@ -275,8 +471,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation, so that a second run writes the same numbers
     if options.smollm2 is None:
-        for name, recipe in recipes().items():
-            make_parity(name, recipe)
+        known = recipes()
+        if unknown := set(options.names) - known.keys():
+            parser.error(f"no model is called {min(unknown)!r}; there are {', '.join(known)}")
+        for name in options.names or known:
+            make_parity(name, known[name])
         return
     model = make_smollm2(options.smollm2)
     compare_recorded(model, options.recorded)

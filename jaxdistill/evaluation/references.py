@@ -38,8 +38,14 @@ class StudentLogprobs:
             decoder = nnx.merge(graphdef, params)
             nothing = jnp.zeros((tokens.shape[0], 0), jnp.int32)
             following = predicted(tokens)
-            embedding = decoder.output_embedding
-            return row_statistics(decoder(tokens), embedding, following, top_k=0, chosen=nothing).logprob
+            return row_statistics(
+                decoder(tokens),
+                decoder.output_embedding,
+                following,
+                top_k=0,
+                chosen=nothing,
+                softcap=decoder.config.logit_softcap,
+            ).logprob
 
         self._run = run
 

@@ -16,6 +16,7 @@ from jaxdistill.batch import Batch, Mean
 from jaxdistill.config import StrictConfig
 from jaxdistill.losses.head import row_statistics, tile_length, tile_objective
 from jaxdistill.records import Origin, Part, Signal
+from jaxdistill.students.attention import soft_cap
 from jaxdistill.text import Tokenizer
 
 Metrics = dict[str, Mean]  # inside a tile their parts are [B, C], one for each position
@@ -150,22 +151,29 @@ def evaluate_objective(
     hidden: Float[Array, "B T D"],
     embedding: Float[Array, "V D"],
     *,
+    softcap: float | None = None,
     row_shards: int = 1,
 ) -> LossOutput:
-    """Run `objective` through the tiled head; differentiable in `hidden` and `embedding`. `row_shards`
-    is over how many devices the rows are split: a tile is sized for the rows of one."""
+    """Run `objective` through the tiled head; differentiable in `hidden` and `embedding`. `softcap` is the
+    model's cap on its logits; `row_shards` is over how many devices the rows are split: a tile is sized for
+    the rows of one."""
     rows, length = hidden.shape[:2]
 
     def logprobs(tokens: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
         now = jax.lax.stop_gradient((hidden, embedding))
         none = jnp.zeros((rows, 0), jnp.int32)
-        return row_statistics(*now, tokens, top_k=0, chosen=none, row_shards=row_shards).logprob
+        return row_statistics(
+            *now, tokens, top_k=0, chosen=none, softcap=softcap, row_shards=row_shards
+        ).logprob
+
+    def tile(logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
+        return objective.tile(soft_cap(logits, softcap), targets)
 
     targets = prepared.targets
     if isinstance(objective, SequenceObjective):
         targets = objective.linearise(targets, logprobs)
     width = tile_length(-(-rows // row_shards), length, embedding.shape[0])
-    total, metrics = tile_objective(objective.tile, width, hidden, embedding, targets)
+    total, metrics = tile_objective(tile, width, hidden, embedding, targets)
     weight = jnp.where(prepared.weight > 0, prepared.weight, 1.0)  # an empty batch is zero, not NaN
     return LossOutput(Mean(total, weight), metrics | prepared.metrics)
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxdistill.students.attention import soft_cap
+
 Targets = Any  # a pytree of arrays [B, T, ...], constant under differentiation
 Metrics = Any  # a pytree of arrays [B, C] in a tile, of scalars once summed
 TileObjective = Callable[[Float32[Array, "B C V"], Targets], tuple[Float32[Array, "B C"], Metrics]]
@@ -107,15 +109,20 @@ def row_statistics(
     *,
     top_k: int,
     chosen: Int32[Array, "B M"],
+    softcap: float | None = None,
+    inverse_temperature: Float32[Array, "B T"] | None = None,
     row_shards: int = 1,
 ) -> RowStatistics:
     """log p(tokens[b, t] | hidden[b, t]) for every position, with the `top_k` most likely ids
-    (descending) and the log-probabilities of each row's `chosen` ids; `top_k` and M may be 0. `row_shards` is
+    (descending) and the log-probabilities of each row's `chosen` ids; `top_k` and M may be 0. `softcap` is
+    the model's cap on logits, `inverse_temperature` (default: 1) multiplies them after it. `row_shards` is
     over how many devices the rows are split."""
+    scale = jnp.ones(tokens.shape, jnp.float32) if inverse_temperature is None else inverse_temperature
 
-    def tile(_: None, x: tuple[Array, Array]) -> tuple[None, RowStatistics]:
-        h, ids = x
-        logprobs = jax.nn.log_softmax(_logits(h, embedding), axis=-1)
+    def tile(_: None, x: tuple[Array, tuple[Array, Array]]) -> tuple[None, RowStatistics]:
+        h, (ids, factor) = x
+        logits = soft_cap(_logits(h, embedding), softcap) * factor[..., None]
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
         best, best_ids = jax.lax.top_k(logprobs, top_k)
         return None, RowStatistics(
             jnp.take_along_axis(logprobs, ids[..., None], axis=-1)[..., 0],
@@ -126,7 +133,7 @@ def row_statistics(
 
     rows, length = tokens.shape
     width = tile_length(-(-rows // row_shards), length, embedding.shape[0])
-    _, stacked = jax.lax.scan(tile, None, _tiles(hidden, tokens, width))
+    _, stacked = jax.lax.scan(tile, None, _tiles(hidden, (tokens, scale), width))
     return jax.tree.map(lambda x: _untile(x, length), stacked)
 
 

@@ -1,5 +1,6 @@
-"""The device mesh: `data` and `fsdp` split rows, `fsdp` and `tensor` split parameters."""
+"""The device mesh: `data`, `fsdp` and `expert` split rows; `fsdp`, `expert` and `tensor` split parameters."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,19 +11,23 @@ from pydantic import Field
 from jaxdistill.config import StrictConfig
 from jaxdistill.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 class MeshConfig(StrictConfig):
-    """Sizes of the mesh axes; one of them may be -1, which takes all devices the others leave."""
+    """Sizes of the mesh axes; one of them may be -1, which takes all devices the others leave.
+
+    `expert` is for students with experts: each of its devices holds some of them, and everything else is
+    split over it as over `fsdp`."""
 
     data: int = Field(default=1, ge=-1)
     fsdp: int = Field(default=-1, ge=-1)
+    expert: int = Field(default=1, ge=-1)
     tensor: int = Field(default=1, ge=-1)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arrange `devices` (default: all) as [data, fsdp, tensor].
+    """Arrange `devices` (default: all) as [data, fsdp, expert, tensor].
 
     Raises `ConfigError` when the sizes do not multiply to the number of devices.
     """
@@ -31,10 +36,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if 0 in sizes or sizes.count(-1) > 1:
         raise ConfigError(f"{asked}: sizes are at least 1, and at most one may be -1 (all that is left)")
-    known = 1
-    for size in sizes:
-        known *= size if size > 0 else 1
+    known = math.prod(size for size in sizes if size > 0)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if sizes[0] * sizes[1] * sizes[2] != len(devices):
+    if math.prod(sizes) != len(devices):
         raise ConfigError(f"{asked} does not fit {len(devices)} {devices[0].platform} device(s)")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

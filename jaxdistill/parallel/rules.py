@@ -3,54 +3,60 @@
 Letters: B rows.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-# Where each logical axis of a parameter lies. Every matrix has one axis on `fsdp` and one on
-# `tensor`, so both split it, and no axis name stands twice in one parameter.
-PARAM_RULES: Mapping[str, str | None] = {
-    "layers": None,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "mlp": "tensor",
+AnyMesh = Mesh | AbstractMesh
+
+# Where each logical axis of a parameter lies. Every matrix is split by `fsdp`, `expert` and `tensor`, and
+# no mesh axis stands twice in one parameter.
+PARAM_RULES: Mapping[str, tuple[str, ...]] = {
+    "layers": (),
+    "embed": ("fsdp", "expert"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "expert_embed": ("fsdp",),
 }
-ROWS = ("data", "fsdp")  # rows of a batch are split over both: fsdp is data parallelism too
+# Rows of a batch are split over all three: fsdp and expert are data parallelism too.
+ROWS = ("data", "fsdp", "expert")
 
 
 def param_shardings(abstract: Any, mesh: Mesh) -> Any:
-    """The sharding of each parameter of an `nnx.State`, as a plain nested dict.
-
-    An axis whose size the mesh axis does not divide stays whole: small models on wide meshes work,
-    and the memory it costs is that of the small axis.
-    """
+    """The sharding of each parameter of an `nnx.State`, as a plain nested dict."""
 
     def sharding(variable: nnx.Param) -> NamedSharding:
-        axes = variable.get_metadata()["axes"]
-        spec = []
-        for size, name in zip(variable.shape, axes, strict=True):
-            mesh_axis = PARAM_RULES[name] if name else None
-            spec.append(mesh_axis if mesh_axis and size % mesh.shape[mesh_axis] == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, partition(variable.shape, variable.get_metadata()["axes"], mesh))
 
     is_param = lambda node: isinstance(node, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(sharding, abstract, is_leaf=is_param))
 
 
-def place_params(params: Any, abstract: Any, mesh: Mesh | None) -> Any:
-    """Host arrays onto the mesh by the rules; onto the default device without one."""
-    if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, params)
-    return jax.tree.map(jax.device_put, params, param_shardings(abstract, mesh))
+def partition(shape: Sequence[int], axes: Sequence[str | None], mesh: AnyMesh) -> PartitionSpec:
+    """Which mesh axes split each axis of a parameter, by its logical name (None: whole).
+
+    A mesh axis that does not divide what is left of an axis leaves it as it is: small models on wide meshes
+    work, and the memory it costs is that of the small axis.
+    """
+    spec = []
+    for size, name in zip(shape, axes, strict=True):
+        split: list[str] = []
+        for mesh_axis in PARAM_RULES[name] if name else ():
+            if size % math.prod(mesh.shape[axis] for axis in [*split, mesh_axis]) == 0:
+                split.append(mesh_axis)
+        spec.append(tuple(split) or None)
+    return PartitionSpec(*spec)
 
 
 def rows_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
-    """Rows split over `data` and `fsdp`, every other axis whole."""
+    """Rows split over the axes of `ROWS`, every other axis whole."""
     return NamedSharding(mesh, PartitionSpec(ROWS, *(None,) * (ndim - 1)))
 
 
@@ -66,10 +72,10 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 def row_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def padded_rows(rows: int, mesh: Mesh) -> int:
-    """`rows` rounded up to what this process's devices can share evenly."""
-    multiple = max(1, row_shards(mesh) // jax.process_count())
+def padded_rows(rows: int, mesh: Mesh, parts: int = 1) -> int:
+    """`rows` rounded up to what this process's devices can share evenly, in `parts` parts."""
+    multiple = max(1, row_shards(mesh) // jax.process_count()) * parts
     return -(-rows // multiple) * multiple

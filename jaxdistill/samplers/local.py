@@ -20,6 +20,7 @@ from jaxdistill.errors import StaleRolloutError
 from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers.base import RolloutConfig, render_prompt
+from jaxdistill.students.attention import EMPTY_SLOT
 from jaxdistill.students.decoder import Decoder
 from jaxdistill.text import Tokenizer
 
@@ -68,11 +69,10 @@ def generate(
     )
     rows = lengths.shape[0]
     slots = jnp.arange(capacity, dtype=jnp.int32)[None]
-    embedding = decoder.output_embedding
     divisor = jnp.where(temperature > 0, temperature, 1.0)
 
     def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("bd,vd->bv", hidden, embedding, preferred_element_type=jnp.float32) / divisor
+        logits = decoder.logits(hidden) / divisor
         logits = logits if top_p is None else nucleus(logits, top_p)
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         sampled = jax.vmap(jax.random.categorical)(row_keys, logits)
@@ -89,10 +89,12 @@ def generate(
             loop.out.lengths + live,
         )
         done = loop.done | jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
-        # Every row writes the same slot; the slots between a short prompt and T stay invisible.
+        # Every row writes the same slot; the slots between a short prompt and T stay empty.
         slot = prompts.shape[1] + loop.step
-        visible = (slots < lengths[:, None]) | ((slots >= prompts.shape[1]) & (slots <= slot))
-        hidden, cache = decoder.decode(token, lengths + loop.step, slot, visible, loop.cache)
+        generated = (slots >= prompts.shape[1]) & (slots <= slot)
+        places = jnp.where(generated, lengths[:, None] + slots - prompts.shape[1], EMPTY_SLOT)
+        places = jnp.where(slots < lengths[:, None], slots, places)
+        hidden, cache = decoder.decode(token, lengths + loop.step, slot, places, loop.cache)
         return _Loop(loop.step + 1, done, hidden, cache, out)
 
     empty = Generated(

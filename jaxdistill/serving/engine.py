@@ -139,11 +139,15 @@ def _score(
 ) -> RowStatistics:
     """Of the distribution after each position, for the token that follows there."""
     decoder = nnx.merge(graphdef, params)
-    # Logits are linear in the hidden state, so a temperature can be applied to it: no [B, T, V] here.
-    hidden = decoder(tokens)
-    hidden = hidden * inverse_temperature[:, :, None].astype(hidden.dtype)
-    following = jnp.roll(tokens, -1, axis=1)
-    return row_statistics(hidden, decoder.output_embedding, following, top_k=top_k, chosen=chosen)
+    return row_statistics(
+        decoder(tokens),
+        decoder.output_embedding,
+        jnp.roll(tokens, -1, axis=1),
+        top_k=top_k,
+        chosen=chosen,
+        softcap=decoder.config.logit_softcap,
+        inverse_temperature=inverse_temperature,
+    )
 
 
 def _sample(

@@ -1,24 +1,30 @@
 """One decoder-only transformer for every supported family, in flax nnx.
 
-Parameters of all layers are stacked on a leading layer axis: training scans over it (one layer is
-compiled, whatever the depth), decoding walks it with one cache buffer per layer that is updated in
-place. Each parameter names its axes (`axes=`); `jaxdistill.parallel` maps those to the mesh.
+Parameters of all layers are stacked on a leading layer axis: training scans over it (a group of layers, as
+many as it takes until their kinds repeat, is compiled once, whatever the depth), decoding walks it with one
+cache buffer per layer that is updated in place. Each parameter names its axes (`axes=`);
+`jaxdistill.parallel` maps those to the mesh.
 
-Letters: B rows, T positions, S cache slots, D hidden, H query heads, K key/value heads, E head
-dimension, F feed-forward, L layers, V vocabulary.
+Letters: B rows, T positions, S cache slots, D hidden, K key/value heads, E head dimension, L layers, G layers
+in a group, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxdistill.students.families import DecoderConfig
-
-LayerParams = dict[str, Any]  # one layer's arrays, by the names of `Layers`
+from jaxdistill.parallel.rules import AnyMesh
+from jaxdistill.students.architecture import DecoderConfig, LayerKind
+from jaxdistill.students.attention import cached_attention, causal_attention, soft_cap
+from jaxdistill.students.experts import Load, load
+from jaxdistill.students.layer import LayerParams, Turns, layer, layer_shapes, rms_norm
+from jaxdistill.students.rotary import turns
 
 
 class Cache(NamedTuple):
@@ -29,30 +35,17 @@ class Cache(NamedTuple):
 
 
 class Layers(nnx.Module):
-    """The stacked parameters of all layers; kernels are [L, in, out]."""
+    """The stacked parameters of all layers: each of `layer_shapes` with a leading axis L."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        c = config
-        shapes: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
-            "query": ((c.hidden_size, c.num_heads * c.head_dim), ("embed", "heads")),
-            "key": ((c.hidden_size, c.num_kv_heads * c.head_dim), ("embed", "heads")),
-            "value": ((c.hidden_size, c.num_kv_heads * c.head_dim), ("embed", "heads")),
-            "output": ((c.num_heads * c.head_dim, c.hidden_size), ("heads", "embed")),
-            "gate": ((c.hidden_size, c.intermediate_size), ("embed", "mlp")),
-            "up": ((c.hidden_size, c.intermediate_size), ("embed", "mlp")),
-            "down": ((c.intermediate_size, c.hidden_size), ("mlp", "embed")),
-            "attention_norm": ((c.hidden_size,), (None,)),
-            "mlp_norm": ((c.hidden_size,), (None,)),
-        }
-        if c.qk_norm:
-            shapes["query_norm"] = ((c.head_dim,), (None,))
-            shapes["key_norm"] = ((c.head_dim,), (None,))
-        for name, (shape, axes) in shapes.items():
-            full = (c.num_layers, *shape)
+        for name, (shape, axes) in layer_shapes(config).items():
+            full = (config.num_layers, *shape)
             if name.endswith("_norm"):
-                value = jnp.ones(full, jnp.float32)
+                value = jnp.full(full, 1.0 - config.norm_offset, jnp.float32)
+            elif name.endswith("_bias"):
+                value = jnp.zeros(full, jnp.float32)
             else:
-                value = jax.random.normal(rngs.params(), full, jnp.float32) * shape[0] ** -0.5
+                value = jax.random.normal(rngs.params(), full, jnp.float32) * shape[-2] ** -0.5
             setattr(self, name, nnx.Param(value, axes=("layers", *axes)))
 
 
@@ -81,7 +74,8 @@ class Decoder(nnx.Module):
             jax.random.normal(rngs.params(), table, jnp.float32) * scale, axes=("vocab", "embed")
         )
         self.layers = Layers(config, rngs)
-        self.final_norm = nnx.Param(jnp.ones(config.hidden_size, jnp.float32), axes=(None,))
+        ones = jnp.full(config.hidden_size, 1.0 - config.norm_offset, jnp.float32)
+        self.final_norm = nnx.Param(ones, axes=(None,))
         if not config.tied_embeddings:
             self.head = nnx.Param(
                 jax.random.normal(rngs.params(), table, jnp.float32) * scale, axes=("vocab", "embed")
@@ -89,22 +83,30 @@ class Decoder(nnx.Module):
 
     @property
     def output_embedding(self) -> Float[Array, "V D"]:
-        """The matrix whose product with a hidden state is the logits, in the compute dtype."""
+        """The matrix whose product with a hidden state is the logits (before `logit_softcap`), in the
+        compute dtype."""
         table = self.embedding if self.config.tied_embeddings else self.head
         return table[...].astype(self.compute_dtype)
 
+    def logits(self, hidden: Float[Array, "*N D"]) -> Float32[Array, "*N V"]:
+        """The logits of a few hidden states; for whole batches there is the tiled head."""
+        product = jnp.einsum(
+            "...d,vd->...v", hidden, self.output_embedding, preferred_element_type=jnp.float32
+        )
+        return soft_cap(product, self.config.logit_softcap)
+
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """Final-normed hidden states of right-padded rows; position t has read tokens 0..t."""
-        rope = _rotary(self.config, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+        return self._read(tokens)[0]
 
-        # Only the layer inputs are kept for the backward pass; the rest of a layer is computed again.
-        @jax.checkpoint
-        def layer(x: Array, params: LayerParams) -> tuple[Array, None]:
-            x, _, _ = _layer(self.config, params, x, rope, _causal_attention)
-            return self._rows(x), None
-
-        x, _ = jax.lax.scan(layer, self._embed(tokens), self._layer_params())
-        return _rms_norm(x, self.final_norm[...], self.config.norm_eps)
+    def read(
+        self, tokens: Int32[Array, "B T"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Load | None]:
+        """As `__call__`, and how the tokens that are `real` fall on each layer's experts: a `Load` with a
+        leading axis L, None for a decoder without experts."""
+        hidden, made = self._read(tokens, real=real)
+        loads = [load for _, load in made]
+        return hidden, None if self.config.experts is None else jax.tree.map(lambda *x: jnp.stack(x), *loads)
 
     def prefill(
         self, tokens: Int32[Array, "B T"], lengths: Int32[Array, " B"], capacity: int
@@ -112,55 +114,79 @@ class Decoder(nnx.Module):
         """Read right-padded prompts; return the hidden state of each last token and a cache of
         `capacity` slots per row, of which the first T hold the prompt (pads included: `decode`
         is told which slots are real)."""
-        rope = _rotary(self.config, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
-
-        def layer(x: Array, params: LayerParams) -> tuple[Array, tuple[Array, Array]]:
-            x, key, value = _layer(self.config, params, x, rope, _causal_attention)
-            return self._rows(x), (key, value)
-
-        x, (keys, values) = jax.lax.scan(layer, self._embed(tokens), self._layer_params())
+        hidden, made = self._read(tokens, keep=True)
         room = [(0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0)]
-        cache = Cache(
-            tuple(jnp.pad(keys[i], room) for i in range(self.config.num_layers)),
-            tuple(jnp.pad(values[i], room) for i in range(self.config.num_layers)),
-        )
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return _rms_norm(last, self.final_norm[...], self.config.norm_eps), cache
+        pairs = [pair for pair, _ in made]
+        keys, values = (tuple(jnp.pad(x, room) for x in side) for side in zip(*pairs, strict=True))
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return last, Cache(keys, values)
 
     def decode(
         self,
         tokens: Int32[Array, " B"],
         positions: Int32[Array, " B"],
         slot: Int32[Array, ""],
-        visible: Bool[Array, "B S"],
+        slot_positions: Int32[Array, "B S"],
         cache: Cache,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Read one more token per row, into the same cache slot of every row.
 
-        `positions` are the rows' own positions (rows differ in prompt length), `slot` is where their
-        keys go, `visible` the slots a row may attend to, this one included.
+        `positions` are the rows' own positions (rows differ in prompt length), `slot` is where their keys
+        go, `slot_positions` the position each slot holds, this one included; `EMPTY_SLOT` where it is none.
         """
-        rope = _rotary(self.config, positions[:, None])
+        c = self.config
+        turned = self._turns(positions[:, None])
         x = self._embed(tokens[:, None])
         stacked = self._layer_params()
         keys, values = list(cache.keys), list(cache.values)
-        for index in range(self.config.num_layers):
 
-            def attend(q: Array, k: Array, v: Array, index: int = index) -> Array:
-                keys[index] = jax.lax.dynamic_update_slice_in_dim(keys[index], k, slot, axis=1)
-                values[index] = jax.lax.dynamic_update_slice_in_dim(values[index], v, slot, axis=1)
-                mask = visible[:, None, None, :]
-                return jax.nn.dot_product_attention(q, keys[index], values[index], mask=mask)
+        def attend(index: int, kind: LayerKind, query: Array, key: Array, value: Array) -> Array:
+            keys[index] = jax.lax.dynamic_update_slice_in_dim(keys[index], key, slot, axis=1)
+            values[index] = jax.lax.dynamic_update_slice_in_dim(values[index], value, slot, axis=1)
+            return cached_attention(c, kind, query, keys[index], values[index], positions, slot_positions)
 
+        for index, kind in enumerate(c.layers):
             params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-            x, _, _ = _layer(self.config, params, x, rope, attend)
-        hidden = _rms_norm(x[:, 0], self.final_norm[...], self.config.norm_eps)
-        return hidden, Cache(tuple(keys), tuple(values))
+            x, _ = layer(c, kind, params, x, turned, partial(attend, index, kind), self._mesh)
+        return rms_norm(x[:, 0], self.final_norm[...], c), Cache(tuple(keys), tuple(values))
+
+    def _read(
+        self, tokens: Int32[Array, "B T"], *, keep: bool = False, real: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], list[Any]]:
+        """All layers over whole rows, and a pair for each layer: with `keep` its (keys, values), with `real`
+        the `Load` of its experts; else None."""
+        c = self.config
+        turned = self._turns(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+
+        def one(kind: LayerKind, x: Array, params: LayerParams) -> tuple[Array, Any]:
+            made: list[Any] = []
+
+            def attend(query: Array, key: Array, value: Array) -> Array:
+                made.append((key, value) if keep else None)
+                return causal_attention(c, kind, query, key, value)
+
+            x, routing = layer(c, kind, params, x, turned, attend, self._mesh)
+            loaded = None if routing is None or real is None else load(routing, real)
+            return self._rows(x), (made[0], loaded)
+
+        x, made = scan_layers(c, one, self._embed(tokens), self._layer_params())
+        return rms_norm(x, self.final_norm[...], c), made
+
+    def _turns(self, positions: Int32[Array, "B T"]) -> Turns:
+        return {
+            kind: turns(kind.rotary, positions)
+            for kind in dict.fromkeys(self.config.layers)
+            if kind.rotary is not None
+        }
 
     def _embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         # Rows are taken in float32 and cast after: the other order adds up the gradients of a frequent
         # token in bfloat16, where a sum stops growing at 256 ones.
-        return self._rows(self.embedding[...][tokens].astype(self.compute_dtype))
+        x = self.embedding[...][tokens].astype(self.compute_dtype)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the compute dtype first, as the reference does.
+            x = x * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
+        return self._rows(x)
 
     def _rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Keep rows where the mesh puts them. Without it the compiler follows the embedding's sharding
@@ -169,52 +195,45 @@ class Decoder(nnx.Module):
             return x
         return jax.lax.with_sharding_constraint(x, self.activation_sharding)
 
+    @property
+    def _mesh(self) -> AnyMesh | None:
+        return None if self.activation_sharding is None else self.activation_sharding.mesh
+
     def _layer_params(self) -> LayerParams:
         """The stacked arrays; matrices in the compute dtype, norms in float32."""
         params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
         return {k: v if k.endswith("_norm") else v.astype(self.compute_dtype) for k, v in params.items()}
 
 
-def _layer(
-    c: DecoderConfig, p: LayerParams, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Any
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T K E"], Float[Array, "B T K E"]]:
-    """One pre-norm layer; returns its output and the (rotated) keys and the values it made."""
-    rows, length = x.shape[:2]
-    h = _rms_norm(x, p["attention_norm"], c.norm_eps)
-    q = (h @ p["query"]).reshape(rows, length, c.num_heads, c.head_dim)
-    k = (h @ p["key"]).reshape(rows, length, c.num_kv_heads, c.head_dim)
-    v = (h @ p["value"]).reshape(rows, length, c.num_kv_heads, c.head_dim)
-    if c.qk_norm:
-        q = _rms_norm(q, p["query_norm"], c.norm_eps)
-        k = _rms_norm(k, p["key_norm"], c.norm_eps)
-    q, k = _rotate(q, rope), _rotate(k, rope)
-    x = x + attend(q, k, v).reshape(rows, length, c.num_heads * c.head_dim) @ p["output"]
-    h = _rms_norm(x, p["mlp_norm"], c.norm_eps)
-    return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"], k, v
+def scan_layers(
+    c: DecoderConfig,
+    one: Callable[[LayerKind, Array, LayerParams], tuple[Array, Any]],
+    x: Float[Array, "B T D"],
+    stacked: LayerParams,
+) -> tuple[Float[Array, "B T D"], list[Any]]:
+    """`one(kind, x, params)` for every layer in turn; returns the last x, and what each layer gave beside.
 
+    Layers whose kinds repeat with period G are scanned in groups of G, those left over follow one by one.
+    Only the layers' inputs are kept for the backward pass; the rest of a layer is computed again.
+    """
+    kinds, period = c.layers, c.period
+    groups = c.num_layers // period
+    steps = [jax.checkpoint(partial(one, kind)) for kind in kinds[:period]]
 
-def _causal_attention(
-    q: Float[Array, "B T H E"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"]
-) -> Float[Array, "B T H E"]:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    def group(x: Array, params: LayerParams) -> tuple[Array, list[Any]]:
+        extras = []
+        for i, step in enumerate(steps):
+            x, extra = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+            extras.append(extra)
+        return x, extras
 
+    def grouped(leaf: Array) -> Array:
+        return leaf[: groups * period].reshape(groups, period, *leaf.shape[1:])
 
-def _rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """Zhang & Sennrich 2019, equation 4; the mean square is taken in float32 whatever the dtype."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normed * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-def _rotary(c: DecoderConfig, positions: Int32[Array, "B T"]) -> tuple[Array, Array]:
-    """Cosines and sines [B, T, 1, E/2] of rotary embedding (Su et al. 2021, equation 34)."""
-    frequencies = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x: Float[Array, "B T N E"], rope: tuple[Array, Array]) -> Float[Array, "B T N E"]:
-    """Rotate the first half of each head against the second, as Llama checkpoints expect."""
-    cos, sin = rope
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+    x, extras = jax.lax.scan(group, x, jax.tree.map(grouped, stacked))
+    out = [jax.tree.map(lambda leaf, g=g: leaf[g], extras[i]) for g in range(groups) for i in range(period)]
+    for index in range(groups * period, c.num_layers):
+        params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+        x, extra = steps[index % period](x, params)
+        out.append(extra)
+    return x, out

@@ -1,161 +1,215 @@
-"""Hugging Face safetensors in and out.
+"""Hugging Face folders in and out, a piece at a time: no host ever holds the whole model.
 
-One table says how each checkpoint tensor maps to a parameter; loading and saving both read it, so
-what goes out is what came in. Kernels are stored [out, in] there and [L, in, out] here.
+Each device's part of each parameter is read from the files by itself, and an export gathers one tensor after
+the other into files of bounded size. `checkpoint` says which tensor is which parameter.
+
+Letters: L layers, N experts.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.parallel.rules import place_params, rows_sharding
+from jaxdistill.parallel.rules import param_shardings, rows_sharding
+from jaxdistill.students.architecture import DecoderConfig
+from jaxdistill.students.checkpoint import TOP, Tensor, layer_tensors, stored
 from jaxdistill.students.decoder import Decoder
-from jaxdistill.students.families import DecoderConfig, read_config
+from jaxdistill.students.families import read_config
+from jaxdistill.students.tensor_files import Piece, TensorFiles
 
-_LAYER_TENSORS = {  # our name -> (name inside model.layers.N, is a kernel to transpose)
-    "query": ("self_attn.q_proj.weight", True),
-    "key": ("self_attn.k_proj.weight", True),
-    "value": ("self_attn.v_proj.weight", True),
-    "output": ("self_attn.o_proj.weight", True),
-    "query_norm": ("self_attn.q_norm.weight", False),
-    "key_norm": ("self_attn.k_norm.weight", False),
-    "gate": ("mlp.gate_proj.weight", True),
-    "up": ("mlp.up_proj.weight", True),
-    "down": ("mlp.down_proj.weight", True),
-    "attention_norm": ("input_layernorm.weight", False),
-    "mlp_norm": ("post_attention_layernorm.weight", False),
-}
-_TOP_TENSORS = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
+StoredDtype = Literal["float32", "bfloat16"]
+
 # Files of a model folder that hold weights; all else (config, tokenizer, templates) goes with an export.
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+# Bytes of tensors in one file of an export, which is also what the host holds of it at a time.
+SHARD_BYTES = 4 * 2**30
 
 
 def load_decoder(path: str | Path, *, mesh: Mesh | None = None, compute_dtype: Any = jnp.float32) -> Decoder:
     """Load the model folder `path` with float32 parameters, placed over `mesh` if one is given.
 
-    Raises `ConfigError` for a missing folder or file, an unsupported config, and tensors that are
-    missing, unexpected or of another shape than the config says.
+    Raises `ConfigError` for a missing folder or file, an unsupported config, a mesh that cannot share out
+    its experts, and tensors that are missing, unexpected or of another shape than the config says.
     """
     folder = Path(path)
     config = read_config(folder)
+    if mesh is not None and mesh.shape["expert"] > 1:
+        _check_experts(config, mesh.shape["expert"], folder)
     activations = None if mesh is None else rows_sharding(mesh, 3)
 
     def blank() -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype, activation_sharding=activations)
 
     graphdef, abstract = nnx.split(nnx.eval_shape(blank), nnx.Param)
-    params = _read_params(folder, config, nnx.to_pure_dict(abstract))
-    return nnx.merge(graphdef, place_params(params, abstract, mesh))
+    shapes = nnx.to_pure_dict(abstract)
+    reader = _Reader(TensorFiles(folder), layer_tensors(config), config.num_layers, shapes)
+    if mesh is None:
+        here = SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, shapes)
+    else:
+        shardings = param_shardings(abstract, mesh)
+
+    def place(where: tuple[Any, ...], shape: Any, sharding: Any) -> jax.Array:
+        read = partial(reader.read, where[-1].key)
+        return jax.make_array_from_callback(shape.shape, sharding, lambda piece: read(piece or ()))
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(place, shapes, shardings))
 
 
-def save_decoder(decoder: Decoder, path: Path, *, source: Path) -> None:
-    """Write `decoder` as the new Hugging Face folder `path`: float32 safetensors, and config, tokenizer
+def _check_experts(config: DecoderConfig, devices: int, folder: Path) -> None:
+    if config.experts is None:
+        raise ConfigError(
+            f"mesh.expert={devices}, but the model in {folder} has no experts; give its devices to mesh.fsdp"
+        )
+    if config.experts.count % devices:
+        raise ConfigError(
+            f"mesh.expert={devices} does not divide the {config.experts.count} experts of the model in "
+            f"{folder}; choose a number that does"
+        )
+
+
+class _Reader:
+    """Pieces of the decoder's parameters from the files of a checkpoint, all checked beforehand."""
+
+    def __init__(self, files: TensorFiles, tensors: list[Tensor], layers: int, shapes: Mapping[str, Any]):
+        self._files = files
+        # The tensors that hold a parameter of a layer, each with the parameter's place in it: one, or one for
+        # each expert.
+        self._parts: dict[str, list[tuple[Tensor, int]]] = {}
+        for tensor in tensors:
+            for part, name in enumerate(tensor.parameters):
+                self._parts.setdefault(name, []).append((tensor, part))
+        self._layers = layers
+        expected = {TOP[name]: shapes[name].shape for name in TOP if name in shapes}
+        for tensor in tensors:
+            first = 1 if tensor.expert is None else 2
+            inner = shapes["layers"][tensor.parameters[0]].shape[first:]
+            shape = (sum(tensor.rows), *inner[:-1])
+            expected |= {tensor.of(layer): shape for layer in range(layers)}
+        for name, shape in expected.items():
+            files.check(name, shape)
+        unexpected = {n for n in files.names() - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
+        if "head" not in shapes:
+            unexpected.discard(TOP["head"])  # some exporters write the tied matrix twice
+        if unexpected:
+            raise ConfigError(
+                f"{files.folder}: tensor {min(unexpected)} (and {len(unexpected) - 1} more) has no place in "
+                "a decoder of this config; the model has parts that are not implemented"
+            )
+
+    def read(self, name: str, piece: Piece) -> np.ndarray:
+        """The piece of parameter `name`, in the decoder's layout: layers first, then experts where it has
+        them, kernels [in, out]."""
+        if name in TOP:
+            return self._files.read(TOP[name], piece)
+        parts = self._parts[name]
+        layers, *inner = piece
+        if by_expert := parts[0][0].expert is not None:
+            experts, *inner = inner
+            parts = parts[experts]
+        numbers = range(*layers.indices(self._layers))
+        found = np.stack([self._read(*part, layer, inner) for layer in numbers for part in parts])
+        return found.reshape(len(numbers), len(parts), *found.shape[1:]) if by_expert else found
+
+    def _read(self, tensor: Tensor, part: int, layer: int, piece: list[slice]) -> np.ndarray:
+        """A piece of one part of a tensor of a layer, kernels [in, out]."""
+        *others, out = piece
+        start = sum(tensor.rows[:part])
+        first, last, _ = out.indices(tensor.rows[part])
+        found = self._files.read(tensor.of(layer), (slice(start + first, start + last), *others))
+        return found.T if tensor.kernel else found
+
+
+def save_decoder(decoder: Decoder, path: Path, *, source: Path, dtype: StoredDtype = "float32") -> None:
+    """Write `decoder` as the new Hugging Face folder `path`: safetensors in `dtype`, and config, tokenizer
     and template copied from `source`, the folder it was loaded from. `path` appears only when complete.
 
     Raises `ConfigError` if `path` exists or cannot be written.
     """
     if path.exists():
         raise ConfigError(f"{path} exists already; choose a new folder for the model")
-    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-    tensors = {
-        name: np.ascontiguousarray(jax.device_get(leaf), dtype=np.float32)
-        for name, leaf in _to_checkpoint(params, decoder.config)
-    }
-    partial = path.with_name(f".{path.name}.partial")
+    unfinished = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHTS):
-                shutil.copyfile(file, partial / file.name)
-        _write_config(partial / "config.json")
-        weights = partial / "model.safetensors"
-        save_file(tensors, weights, metadata={"format": "pt"})
-        # safetensors makes files only their owner can read; an export is as readable as its config.
-        weights.chmod((partial / "config.json").stat().st_mode)
-        partial.rename(path)
+                shutil.copyfile(file, unfinished / file.name)
+        _write_config(unfinished / "config.json", dtype)
+        _write_weights(decoder, unfinished, jnp.dtype(dtype))
+        unfinished.rename(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
 
 
-def _write_config(path: Path) -> None:
+def _write_config(path: Path, dtype: StoredDtype) -> None:
     """Say in the copied config which dtype the exported tensors have."""
     raw = json.loads(path.read_text())
     raw.pop("torch_dtype", None)
-    raw["dtype"] = "float32"
+    raw["dtype"] = dtype
     path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
-def _to_checkpoint(params: dict[str, Any], config: DecoderConfig) -> Iterator[tuple[str, Any]]:
-    """Our parameters -> (checkpoint name, array)."""
-    for ours, theirs in _TOP_TENSORS.items():
-        if ours in params:
-            yield theirs, params[ours]
-    for ours, stacked in params["layers"].items():
-        theirs, kernel = _LAYER_TENSORS[ours]
-        for layer in range(config.num_layers):
-            value = stacked[layer]
-            yield f"model.layers.{layer}.{theirs}", value.T if kernel else value
+def _write_weights(decoder: Decoder, folder: Path, dtype: np.dtype) -> None:
+    """All tensors in files of at most `SHARD_BYTES` (but at least one tensor), and an index if there are
+    several, as transformers names them."""
+    shards: list[list[_Outgoing]] = [[]]
+    size = total = 0
+    for tensor in _outgoing(decoder):
+        if shards[-1] and size + tensor.elements * dtype.itemsize > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.elements * dtype.itemsize
+        total += tensor.elements * dtype.itemsize
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = folder / ("model.safetensors" if len(shards) == 1 else several)
+        save_file({tensor.name: tensor.value(dtype) for tensor in shard}, file, metadata={"format": "pt"})
+        # safetensors makes files only their owner can read; an export is as readable as its config.
+        file.chmod((folder / "config.json").stat().st_mode)
+        index |= {tensor.name: file.name for tensor in shard}
+    if len(shards) > 1:
+        whole = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(whole, indent=2) + "\n")
 
 
-def _read_params(folder: Path, config: DecoderConfig, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Host arrays in the layout of `shapes`, from the folder's safetensors files."""
-    tensors = dict(_read_tensors(folder))
-    if config.tied_embeddings:
-        tensors.pop("lm_head.weight", None)  # some exporters write the tied matrix twice
+class _Outgoing(NamedTuple):
+    """A tensor to be written; its parts are fetched from the devices when it is its turn."""
 
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in tensors:
-            raise ConfigError(f"{folder}: tensor {name} is missing; the download or export is incomplete")
-        value = tensors.pop(name)
-        if value.shape != shape:
-            raise ConfigError(f"{folder}: tensor {name} has shape {value.shape}, config.json says {shape}")
-        return value
+    name: str
+    elements: int
+    parts: Callable[[], list[Any]]
 
-    params: dict[str, Any] = {"layers": {}}
-    for ours, theirs in _TOP_TENSORS.items():
-        if ours in shapes:
-            params[ours] = take(theirs, shapes[ours].shape)
-    for ours, stacked in shapes["layers"].items():
-        theirs, kernel = _LAYER_TENSORS[ours]
-        shape = stacked.shape[1:][::-1] if kernel else stacked.shape[1:]
-        layers = [take(f"model.layers.{i}.{theirs}", shape) for i in range(config.num_layers)]
-        params["layers"][ours] = np.stack([v.T if kernel else v for v in layers])
-    unexpected = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
-    if unexpected:
-        raise ConfigError(
-            f"{folder}: tensor {unexpected[0]} (and {len(unexpected) - 1} more) has no place in a "
-            "decoder of this config; the model has parts that are not implemented"
-        )
-    return params
+    def value(self, dtype: np.dtype) -> np.ndarray:
+        parts = [np.asarray(jax.device_get(part)).astype(dtype) for part in self.parts()]
+        return np.ascontiguousarray(np.concatenate(parts))
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the folder as float32 on the host."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder}: no *.safetensors file; only safetensors weights are read")
-    for file in files:
-        try:
-            # The "flax" framework is the one that knows bfloat16 without torch.
-            with safe_open(file, framework="flax") as handle:
-                for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                    yield name, np.asarray(handle.get_tensor(name), dtype=np.float32)
-        except SafetensorError as error:
-            raise ConfigError(f"{file} cannot be read ({error}); download or export it again") from error
+def _outgoing(decoder: Decoder) -> Iterator[_Outgoing]:
+    """Every tensor of a checkpoint of this decoder."""
+    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    layers = params["layers"]
+    for name, theirs in TOP.items():
+        if name in params:
+            yield _Outgoing(theirs, params[name].size, lambda name=name: [params[name]])
+    for tensor in layer_tensors(decoder.config):
+        first = 1 if tensor.expert is None else 2
+        elements = sum(math.prod(layers[name].shape[first:]) for name in tensor.parameters)
+        for layer in range(decoder.config.num_layers):
+            parts = partial(stored, layers, tensor, layer)
+            yield _Outgoing(tensor.of(layer), elements, parts)

@@ -1,9 +1,14 @@
-"""Run by test_step_devices.py in a process of its own: `three_steps.py data,fsdp,tensor OUT.npz`.
+"""Run by test_step_devices.py in a process of its own: `three_steps.py MODEL MESH OUT.npz`.
 
-Three training steps, then the trained policy samples.
+Three training steps of MODEL (`dense` or `experts`) on MESH (`data,fsdp,expert,tensor`), then the trained
+policy samples. Beside it a checkpoint is loaded onto the mesh.
 """
 
+import math
+import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +17,31 @@ from flax import nnx
 from jaxdistill.batch import Batch
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
-from jaxdistill.parallel import MeshConfig, make_mesh, place_batch, place_params
+from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings, place_batch
 from jaxdistill.parallel.rules import rows_sharding
 from jaxdistill.samplers import generate
 from jaxdistill.step import initial_state, make_train_step
-from jaxdistill.students import Decoder, DecoderConfig
+from jaxdistill.students import Decoder, load_decoder, parse_config
 
-CONFIG = DecoderConfig(64, 32, 64, 2, 4, 2, 8, 1e4, 1e-6, 64, False, True)
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+CONFIGS = {
+    "dense": parse_config(SHAPE | {"model_type": "qwen3"}, where="the test"),
+    "experts": parse_config(SHAPE | EXPERTS | {"model_type": "qwen3_moe"}, where="the test"),
+}
+# A checkpoint with several parameters in one tensor, and one with a parameter in several.
+CHECKPOINTS = {"dense": "phi3", "experts": "qwen3_moe"}
+PARITY = Path(__file__).parents[1] / "golden" / "parity"
 ROWS, LENGTH = 8, 16
 
 
@@ -65,24 +88,37 @@ def sample(graphdef, params, mesh) -> np.ndarray:
     return np.asarray(run(params, *place_batch((tokens, lengths), mesh)).tokens)
 
 
-def main(sizes: str, out: str) -> None:
-    data, fsdp, tensor = (int(size) for size in sizes.split(","))
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    graphdef, variables = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)), nnx.Param)
-    graphdef = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0), activation_sharding=rows_sharding(mesh, 3)))[0]
-    decoder = nnx.merge(graphdef, place_params(nnx.to_pure_dict(variables), variables, mesh))
+def largest_gathered(program: str) -> int:
+    """Elements of the largest array that an all-gather of a compiled program makes; 0 without any."""
+    made = re.findall(r"= (.*?) all-gather(?:-start)?\(", program)
+    shapes = [shape for each in made for shape in re.findall(r"\[([\d,]*)\]", each.split("{")[0])]
+    return max((math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes), default=0)
+
+
+def main(model: str, sizes: str, out: str) -> None:
+    config = CONFIGS[model]
+    data, fsdp, expert, tensor = (int(size) for size in sizes.split(","))
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
+    graphdef, variables = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
+    graphdef = nnx.split(Decoder(config, rngs=nnx.Rngs(0), activation_sharding=rows_sharding(mesh, 3)))[0]
+    placed = jax.device_put(nnx.to_pure_dict(variables), param_shardings(variables, mesh))
+    decoder = nnx.merge(graphdef, placed)
     # A large epsilon: Adam turns rounding of a zero gradient into a full step, which is not the
     # sharding's doing.
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3), 10)
     state = initial_state(decoder, optimizer, mesh)
-    step = make_train_step(graphdef, ReverseKL(ReverseKLConfig(credit="lookahead")), optimizer, state, mesh)
+    objective = ReverseKL(ReverseKLConfig(credit="lookahead"))
+    step = make_train_step(graphdef, objective, optimizer, state, mesh, router_aux_coefficient=0.1)
+    compiled = step.lower(state, place_batch(make_batch(0), mesh)).compile()
     losses = []
     for number in range(3):
-        state, metrics = step(state, place_batch(make_batch(number), mesh))
-        losses.append(metrics["loss"].value)
+        state, metrics = compiled(state, place_batch(make_batch(number), mesh))
+        losses.append([metrics[name].value for name in ("loss", "router_balance") if name in metrics])
     sampled = sample(graphdef, state.params, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in leaves)
+    loaded = nnx.state(load_decoder(PARITY / CHECKPOINTS[model], mesh=mesh), nnx.Param)
+    leaves += jax.tree_util.tree_leaves_with_path({"loaded": nnx.to_pure_dict(loaded)})
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     np.savez(
         out,
@@ -90,6 +126,7 @@ def main(sizes: str, out: str) -> None:
         sampled=sampled,
         devices=np.array(len(jax.devices())),
         sharded_parameters=np.array(sharded),
+        largest_gathered=np.array(largest_gathered(compiled.as_text())),
         **arrays,
     )
 

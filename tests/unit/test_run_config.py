@@ -118,6 +118,12 @@ def test_prompts_are_read_beforehand_where_only_later_steps_answer_them(tmp_path
     read_inputs(read(tmp_path, {"kind": "gkd"}, *TOP_K, *small, origins={"reference": 1.0}))
 
 
+def test_a_router_s_coefficient_without_experts_is_refused(tmp_path):
+    settings = ("student.router_aux_coefficient=0.01", "eval.path=null")
+    with pytest.raises(ConfigError, match=r"router_aux_coefficient=0\.01, but .* has no experts"):
+        read_inputs(read(tmp_path, {"kind": "reverse_kl"}, *settings))
+
+
 def test_a_teacher_without_a_tokenizer_has_the_students_with_its_roles(tmp_path):
     roles = {"end_of_turn": "</turn>"}
     document = yaml.safe_load(QUICKSTART.read_text())

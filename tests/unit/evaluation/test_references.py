@@ -11,11 +11,25 @@ from jaxdistill.metrics import Stopwatch
 from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.records import END_OF_TURN, ROLES, Prompt, Rollout, TeacherScores, TokenSpans, Unscored
 from jaxdistill.scoring import Scored, Scoring
-from jaxdistill.students import Decoder, DecoderConfig
+from jaxdistill.students import Decoder, parse_config
 from jaxdistill.teachers import EmbeddedConfig, Routes, Teachers
 from jaxdistill.text import Tokenizer
 
-CONFIG = DecoderConfig(40, 16, 32, 2, 4, 2, 8, 1e4, 1e-6, 64, False, True)
+CONFIG = parse_config(
+    {
+        "model_type": "qwen3",
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+    },
+    where="the test",
+)
 PROMPT = Prompt([{"role": "user", "content": "hi"}], 0, "test")
 
 

@@ -7,10 +7,24 @@ import pytest
 from flax import nnx
 
 from jaxdistill.samplers import generate
-from jaxdistill.students import Decoder, DecoderConfig
+from jaxdistill.students import Decoder, parse_config
 
 VOCAB, STOP = 40, 3
-CONFIG = DecoderConfig(VOCAB, 16, 32, 2, 4, 2, 8, 1e4, 1e-6, 64, False, True)
+CONFIG = parse_config(
+    {
+        "model_type": "qwen3",
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+    },
+    where="the test",
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,31 @@ import numpy as np
 import pytest
 from flax import nnx
 from jaxtyping import Array, Float, Int32
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from jaxdistill.errors import ConfigError
+from jaxdistill.students import weights
+from jaxdistill.students.attention import EMPTY_SLOT
 from jaxdistill.students.decoder import Decoder
+from jaxdistill.students.experts import load_balance
 from jaxdistill.students.weights import load_decoder, save_decoder
 
 PARITY = Path(__file__).parents[2] / "golden" / "parity"
-NAMES = ["llama", "llama_tied", "qwen3"]
+NAMES = [
+    "llama",
+    "llama_tied",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_yarn",
+    "gemma2",
+    "gemma3",
+    "smollm3",
+    "olmo2",
+    "phi3",
+]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -47,7 +65,7 @@ def decoder(folder: Path) -> Decoder:
 @nnx.jit
 def logits_of(decoder: Decoder, tokens: Int32[Array, "B T"]) -> Float[Array, "B T V"]:
     """Full logits; the package never builds them, a tiny vocabulary may."""
-    return jnp.einsum("btd,vd->btv", decoder(tokens), decoder.output_embedding)
+    return decoder.logits(decoder(tokens))
 
 
 def test_logits_are_those_of_transformers(decoder: Decoder, expected: dict[str, np.ndarray]) -> None:
@@ -77,10 +95,11 @@ def test_greedy_continuation_through_the_cache_is_that_of_transformers(
     decode = nnx.jit(lambda decoder, *args: decoder.decode(*args))
     ids: list[int] = []
     for slot in range(len(prompt), capacity):
-        ids.append(int((hidden @ decoder.output_embedding.T).argmax()))
+        ids.append(int(decoder.logits(hidden).argmax()))
         token, position = jnp.array(ids[-1:], jnp.int32), jnp.array([slot], jnp.int32)
-        visible = jnp.arange(capacity)[None] <= slot
-        hidden, cache = decode(decoder, token, position, jnp.int32(slot), visible, cache)
+        places = jnp.arange(capacity, dtype=jnp.int32)[None]
+        places = jnp.where(places <= slot, places, EMPTY_SLOT)
+        hidden, cache = decode(decoder, token, position, jnp.int32(slot), places, cache)
     assert ids == continuation.tolist()
 
 
@@ -88,13 +107,13 @@ def test_gradients_are_those_of_transformers(
     decoder: Decoder, folder: Path, expected: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     tokens = jnp.asarray(expected["tokens"])
-    weights = jnp.asarray(expected["logit_weights"], jnp.float32)
+    factors = jnp.asarray(expected["logit_weights"], jnp.float32)
     graphdef, params = nnx.split(decoder, nnx.Param)
 
     @jax.jit
     @jax.grad
     def gradient(params: nnx.State) -> Float[Array, ""]:
-        return (logits_of(nnx.merge(graphdef, params), tokens) * weights).sum()
+        return (logits_of(nnx.merge(graphdef, params), tokens) * factors).sum()
 
     # A gradient has the layout of its parameter, so the exporter itself gives it the checkpoint's names.
     save_decoder(nnx.merge(graphdef, gradient(params)), tmp_path / "gradient", source=folder)
@@ -129,6 +148,76 @@ def test_a_saved_model_is_the_same_model(
     tokens = jnp.asarray(expected["tokens"])
     again = logits_of(load_decoder(tmp_path / "saved"), tokens)
     np.testing.assert_array_equal(np.asarray(again), np.asarray(logits_of(decoder, tokens)))
+
+
+def test_an_export_in_bfloat16_is_the_model_rounded(tmp_path: Path) -> None:
+    """Half the bytes, every weight the nearest there is, and the config says so."""
+    source = PARITY / "phi3"
+    save_decoder(load_decoder(source), tmp_path / "saved", source=source, dtype="bfloat16")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["dtype"] == "bfloat16"
+    original, again = (nnx.to_pure_dict(nnx.state(load_decoder(x))) for x in (source, tmp_path / "saved"))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32)), y),
+        original, again,
+    )  # fmt: skip
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (source, tmp_path / "saved")]
+    assert 0.4 < sizes[1] / sizes[0] < 0.6
+
+
+def test_a_large_model_is_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = PARITY / "gemma2"
+    monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
+    save_decoder(load_decoder(source), tmp_path / "saved", source=source)
+    files = sorted(file.name for file in (tmp_path / "saved").glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((tmp_path / "saved" / file).stat().st_size < 70_000 for file in files)
+    index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
+    held = {name: load_file(tmp_path / "saved" / file)[name] for name, file in index["weight_map"].items()}
+    original = load_file(source / "model.safetensors")
+    assert held.keys() == original.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in original.values())
+    for name, value in original.items():
+        assert held[name].tobytes() == value.tobytes(), name
+    again = load_decoder(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.state(x) for x in (again, load_decoder(source))))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(7, np.float32)}),
+            r"shape \(7,\), config.json says",
+        ),
+        (lambda t: t.update({"model.layers.0.mlp.extra": np.ones(2, np.float32)}), "mlp.extra"),
+        (lambda t: t.update({"model.norm.weight": np.ones(48, np.int8)}), "stored as I8"),
+    ],
+)
+def test_a_folder_whose_tensors_are_not_the_config_s_is_refused(spoil, message, tmp_path: Path) -> None:
+    source = PARITY / "qwen2"
+    tensors = load_file(source / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=message):
+        load_decoder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_decoder(tmp_path)
+
+
+def test_the_load_of_the_experts_is_that_of_transformers() -> None:
+    with np.load(PARITY / "qwen3_moe" / "expected.npz") as stored:
+        expected = dict(stored)
+    decoder = load_decoder(PARITY / "qwen3_moe")
+    real = np.arange(expected["tokens"].shape[1]) < expected["balance_lengths"][:, None]
+    assert real.any() and not real.all()
+    hidden, load = nnx.jit(Decoder.read)(decoder, jnp.asarray(expected["tokens"]), jnp.asarray(real))
+    logits = np.asarray(decoder.logits(hidden))
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
+    assert load is not None
+    np.testing.assert_allclose(float(load_balance(load)), expected["balance"], rtol=1e-6)
 
 
 def test_the_older_style_of_config_is_the_same_model(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The tensors of a folder's safetensors files, read a piece at a time.
+
+The library checks a file and its header; the bytes come from a memory map, because its readers either know
+no bfloat16 (numpy) or put every piece on a device first (flax), and a model may be larger than the host's
+memory.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxdistill.errors import ConfigError
+
+Piece = tuple[slice, ...]
+
+_DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class TensorFiles:
+    """Every tensor of the `*.safetensors` files in `folder`, by name.
+
+    Raises `ConfigError` for a folder without any, a file that cannot be read, and one with a tensor that two
+    files hold.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._tensors: dict[str, np.ndarray] = {}
+        self._other: dict[str, str] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"{folder}: no *.safetensors file; only safetensors weights are read")
+        for file in files:
+            try:
+                self._open(file)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ConfigError(f"{file} cannot be read ({error}); download or export it again") from error
+
+    def _open(self, file: Path) -> None:
+        with safe_open(file, framework="numpy"):
+            pass  # the header is well-formed, and the file as long as it says
+        data = np.memmap(file, np.uint8, mode="r")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if name in self._tensors or name in self._other:
+                raise ValueError(f"tensor {name} is in another file of the folder, too")
+            if entry["dtype"] not in _DTYPES:
+                self._other[name] = entry["dtype"]
+                continue
+            first, last = entry["data_offsets"]
+            piece = data[start + first : start + last]
+            self._tensors[name] = piece.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def names(self) -> set[str]:
+        """All tensors, also those of a dtype that is not read."""
+        return self._tensors.keys() | self._other.keys()
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises `ConfigError` unless there is a floating-point tensor `name` of this shape."""
+        if name in self._other:
+            raise ConfigError(
+                f"{self.folder}: tensor {name} is stored as {self._other[name]}; readable are "
+                f"{', '.join(_DTYPES)}: use the checkpoint that is not quantised"
+            )
+        if name not in self._tensors:
+            raise ConfigError(
+                f"{self.folder}: tensor {name} is missing; the download or export is incomplete"
+            )
+        if (found := self._tensors[name].shape) != shape:
+            raise ConfigError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
+
+    def read(self, name: str, piece: Piece) -> np.ndarray:
+        """A piece of a tensor as float32, in memory of its own."""
+        return np.array(self._tensors[name][piece], np.float32)
