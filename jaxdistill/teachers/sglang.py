@@ -103,11 +103,12 @@ class SGLangTeacher:
         """log p of each response token by the teacher, at temperature 1, in the order given.
 
         A rollout whose response is empty to the teacher is not sent and has no scores; one that it should
-        have written itself keeps the reason why not. A row that is too
-        long, or whose reply is not believed, comes back without tokens and with the reason in `unscored`.
-        Asks for the teacher's identity first, where `check` has not been called. Raises
-        `TeacherUnavailable`, or `TeacherContractError` where the teacher changed; then no score of the batch
-        is returned.
+        have written itself keeps the reason why not. A row that is too long, or whose reply is not believed,
+        comes back without tokens and with the reason in `unscored`. Asks for the teacher's identity first,
+        where `check` has not been called.
+
+        Raises `TeacherUnavailable`, or `TeacherContractError` where the teacher changed; then no score of the
+        batch is returned.
         """
         identity = self.identity if self._checked else self.check()
         views = teacher_views(self.tokenizer, rollouts, self.settings.template_kwargs)
