@@ -37,10 +37,10 @@ class GKDConfig(ObjectiveSettings):
     """Settings of `objective.kind: gkd`.
 
     `beta`: 0 is forward KL (covers the teacher), 1 reverse KL (seeks its modes), between them JSD(beta).
-    `temperature` of both sides. States the teacher had less than the probability `least_support` of coming to
-    since its last token began (`records.Projection.log_support`) are left out: what is projected there is a
-    ratio of tiny numbers. `lmbda` is the share of the prompts the student answers; the others have the data's
-    references, or with `seq_kd` the teacher's own responses.
+    `temperature` of both sides. States with a support (`records.Projection.log_support`) below
+    `least_support`, a probability, are left out: what is projected there is a ratio of tiny ones. `lmbda` is
+    the share of the prompts the student answers; the others have the data's references, or with `seq_kd` the
+    teacher's own responses.
     """
 
     kind: Literal["gkd"] = "gkd"
