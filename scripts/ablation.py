@@ -2,13 +2,17 @@
 
     python scripts/ablation.py run [--out runs/ablation] [--seeds 0 1 2] [--jobs 1] [CASE ...]
     python scripts/ablation.py report [--out runs/ablation] [--svg docs/images/ablation.svg]
+    python scripts/ablation.py time [--out runs/ablation]
 
 `run` trains every case (or those named) by the quickstart's config, `--jobs` at a time, and may be
 stopped and started again: a run that is done is not made again. `report` reads the runs that are there.
+`time` makes a short run of every case, one at a time, for what a step takes: on a machine that does nothing
+else, which the long runs may share.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +31,8 @@ from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import config_difference
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
-STEPS = 80
+STEPS, TIMED = 80, 20  # steps of a run, and of one that is only timed
+WARM_UP = 4  # steps that compile
 ACCURACY, REVERSE_KL = "eval/accuracy", "eval/reverse_kl_per_byte"
 TOP_K = ["teacher.top_k=16"]
 
@@ -98,8 +103,12 @@ def train(out: Path, case: str, seed: int) -> None:
     if is_done(out, case, seed):
         return
     print(f"{case}, seed {seed}", flush=True)
-    command = [sys.executable, "-m", "jaxdistill.train", "--config", str(CONFIG)]
-    command += overrides_of(out, case, seed)
+    start(overrides_of(out, case, seed))
+
+
+def start(overrides: Sequence[str]) -> None:
+    """One run, to its end. Raises DataError if it fails, with the command."""
+    command = [sys.executable, "-m", "jaxdistill.train", "--config", str(CONFIG), *overrides]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise DataError(f"exit code {code} from: {' '.join(command)}")
 
@@ -138,17 +147,32 @@ def read_cases(out: Path) -> dict[str, list[RunData]]:
     return runs
 
 
-def seconds(run: RunData) -> float:
-    """Time of all steps without the evaluations."""
+def seconds(run: RunData) -> dict[str, float]:
+    """Median wall time of each stage of a step, once everything is compiled."""
     stages = [key for key in run.keys("seconds/") if key != "seconds/evaluate"]
-    return float(sum(np.nansum(run.series(key).values) for key in stages))
+    return {key: float(np.median(run.series(key).finite().values[WARM_UP:])) for key in stages}
+
+
+def time_all(out: Path, cases: Sequence[str]) -> str:
+    """What a step of each case takes, as a Markdown table. Raises DataError."""
+    lines = ["| objective | seconds a step | sampling | teacher | training |", "|---|---|---|---|---|"]
+    for case in cases:
+        folder = folder_of(out, f"timed {case}", 0)
+        shutil.rmtree(folder, ignore_errors=True)
+        more = [f"run.dir={folder}", f"run.steps={TIMED}", "eval.path=null"]
+        start([*overrides_of(out, case, 0), *more])
+        stages = seconds(read_run(folder))
+        parts = [stages[f"seconds/{name}"] for name in ("rollout", "teacher", "train")]
+        cells = [case, *(f"{value:.2f}" for value in (sum(stages.values()), *parts))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(runs: Mapping[str, list[RunData]]) -> str:
     """Mean over the seeds of the final figures, with the lowest and the highest, as a Markdown table."""
     lines = [
-        "| objective | runs | accuracy | best on the way | reverse KL per byte | seconds |",
-        "|---|---|---|---|---|---|",
+        "| objective | runs | accuracy | best on the way | reverse KL per byte |",
+        "|---|---|---|---|---|",
     ]
     for case, group in runs.items():
         accuracy = [float(run.series(ACCURACY).finite().values[-1]) for run in group]
@@ -160,7 +184,6 @@ def table(runs: Mapping[str, list[RunData]]) -> str:
             f"{100 * np.mean(accuracy):.1f} % ({100 * min(accuracy):.1f} to {100 * max(accuracy):.1f})",
             f"{100 * np.mean(best):.1f} %",
             f"{np.mean(kl):.3f} ({min(kl):.3f} to {max(kl):.3f})",
-            f"{np.mean([seconds(run) for run in group]):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -186,21 +209,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and returns the exit code."""
     parser = argparse.ArgumentParser(description="Compare objectives on the toy pair.")
     commands = parser.add_subparsers(dest="command", required=True)
-    run, report = commands.add_parser("run"), commands.add_parser("report")
-    for one in (run, report):
+    run, report, timed = (commands.add_parser(name) for name in ("run", "report", "time"))
+    for one in (run, report, timed):
         one.add_argument("--out", type=Path, default=Path("runs/ablation"), metavar="DIR")
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, each on its share of the processors"
     )
-    run.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {'; '.join(CASES)}")
+    for one in (run, timed):
+        one.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {'; '.join(CASES)}")
     report.add_argument("--svg", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     try:
+        cases = getattr(arguments, "cases", None) or list(CASES)
+        if unknown := sorted(set(cases) - set(CASES)):
+            raise DataError(f"got the case {unknown[0]!r}, expected one of: {'; '.join(CASES)}")
         if arguments.command == "run":
-            if unknown := sorted(set(arguments.cases) - set(CASES)):
-                raise DataError(f"got the case {unknown[0]!r}, expected one of: {'; '.join(CASES)}")
-            train_all(arguments.out, arguments.cases or list(CASES), arguments.seeds, arguments.jobs)
+            train_all(arguments.out, cases, arguments.seeds, arguments.jobs)
+        elif arguments.command == "time":
+            print(time_all(arguments.out, cases))
         else:
             runs = read_cases(arguments.out)
             if arguments.svg is not None:

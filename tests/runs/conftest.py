@@ -1,5 +1,8 @@
-"""Whole runs in processes of their own, on the shipped toy pair."""
+"""Whole runs on the shipped toy pair: in processes of their own where a test is about processes, else in
+the tests' own."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -7,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+
+from jaxdistill.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -22,34 +27,49 @@ SMALL = (
 )
 
 
-def command(
-    run_dir: Path, overrides: Sequence[str] = (), config: str = "configs/quickstart.yaml"
-) -> list[str]:
-    train = [sys.executable, "-m", "jaxdistill.train", "--config", config]
-    return [*train, f"run.dir={run_dir}", *SMALL, *overrides]
+def words(run_dir: Path, overrides: Sequence[str] = (), config: str = "configs/quickstart.yaml") -> list[str]:
+    """The small run as a command line, from the word on."""
+    return ["train", "--config", config, f"run.dir={run_dir}", *SMALL, *overrides]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
-@pytest.fixture(scope="session")
-def train() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`train(run_dir, *overrides)` runs the quickstart (or `config`) at a small size; returns the finished
-    process."""
+class Finished(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
-    def run(
-        run_dir: Path, *overrides: str, config: str = "configs/quickstart.yaml", timeout: float = 240
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(run_dir, overrides, config),
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+
+def call(*arguments: str) -> Finished:
+    """`jaxdistill WORD ...` in this process: another one would first load jax, which takes longer than what
+    most tests ask."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as end:  # argparse
+            code = end.code
+    assert isinstance(code, int)
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+def apart(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m jaxdistill.WORD ...` in a process of its own."""
+    word, *others = arguments
+    command = [sys.executable, "-m", f"jaxdistill.{word}", *others]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., Finished]:
+    """`train(run_dir, *overrides)` runs the quickstart (or `config`) at a small size."""
+
+    def run(run_dir: Path, *overrides: str, config: str = "configs/quickstart.yaml") -> Finished:
+        return call(*words(run_dir, overrides, config))
 
     return run
 
@@ -57,7 +77,8 @@ def train() -> Callable[..., subprocess.CompletedProcess[str]]:
 def kill_at_row(run_dir: Path, count: int, overrides: Sequence[str] = ()) -> None:
     """Start a run and SIGKILL it once its metrics have `count` rows."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(run_dir, overrides), cwd=ROOT, env=environment(), **quiet)
+    command = [sys.executable, "-m", "jaxdistill", *words(run_dir, overrides)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), **quiet)
     try:
         deadline = time.monotonic() + 240
         metrics = run_dir / "metrics.jsonl"
@@ -83,9 +104,9 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def finished(train, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted small run."""
+def finished(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted small run, by the command users call."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    result = train(folder)
+    result = apart(*words(folder))
     assert result.returncode == 0, result.stderr
     return folder

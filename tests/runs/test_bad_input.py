@@ -2,13 +2,11 @@
 
 import json
 import socket
-import subprocess
-import sys
 
 import pytest
 import yaml
 
-from .conftest import ROOT, environment
+from .conftest import ROOT, apart, call
 
 
 def one_message(result, code: int, *parts: str) -> None:
@@ -70,11 +68,7 @@ def test_an_unreachable_teacher_is_exit_75(train, tmp_path):
             "start_timeout_s: 2}",
         )
     )
-    command = [sys.executable, "-m", "jaxdistill.train", "--config", str(config), f"run.dir={folder}"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
-    one_message(result, 75, str(port))
+    one_message(apart("train", "--config", str(config), f"run.dir={folder}"), 75, str(port))
     assert not folder.exists()
 
 
@@ -83,10 +77,7 @@ def test_a_port_in_use_is_exit_2():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        serve = [sys.executable, "-m", "jaxdistill.serve", "--model", "assets/toy/teacher", "--port", port]
-        result = subprocess.run(
-            serve, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
-        )
+        result = call("serve", "--model", "assets/toy/teacher", "--port", port)
     one_message(result, 2, port)
 
 
@@ -117,18 +108,9 @@ def test_a_dry_run_finds_an_objective_that_cannot_be_built(train, tmp_path):
 
 
 def test_export_of_what_is_no_run(tmp_path):
-    export = [
-        sys.executable,
-        "-m",
-        "jaxdistill.export",
-        "--run",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    quiet = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "check": False}
-    one_message(subprocess.run(export, **quiet), 2, "no run folder")
+    export = ("export", "--run", str(tmp_path), "--out", str(tmp_path / "out"))
+    one_message(apart(*export), 2, "no run folder")
     config = (ROOT / "configs/quickstart.yaml").read_text()
     student = "student: {path: assets/toy/student"
     (tmp_path / "config.yaml").write_text(config.replace(student, student + ", chat_template: gone.jinja"))
-    one_message(subprocess.run(export, **quiet), 2, "student.chat_template=gone.jinja: cannot be read")
+    one_message(call(*export), 2, "student.chat_template=gone.jinja: cannot be read")

@@ -1,23 +1,18 @@
 """`python -m jaxdistill.doctor`: what it finds is what a run would meet."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.faults.server import FaultServer
 
-from .conftest import ROOT, environment
+from .conftest import ROOT, Finished, call
 
 CONFIG = "configs/quickstart.yaml"
 
 
-def doctor(*overrides: str, config: str | Path = CONFIG) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jaxdistill.doctor", "--config", str(config), *overrides]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
+def doctor(*overrides: str, config: str | Path = CONFIG) -> Finished:
+    return call("doctor", "--config", str(config), *overrides)
 
 
 def test_a_sound_config_and_what_is_said_of_it(tmp_path: Path) -> None:

@@ -1,26 +1,16 @@
 """`jaxdistill evaluate`: the figures of a run's checkpoint are those the run itself logged there."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from .conftest import ROOT, environment, rows
+from .conftest import ROOT, Finished, call, rows
 
 
-def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jaxdistill.evaluate", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+def evaluate(*arguments: str) -> Finished:
+    return call("evaluate", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +66,7 @@ def test_the_figures_of_a_checkpoint_are_those_the_run_logged_there(measured, tm
 
 def test_a_model_folder_in_place_of_the_config_s_student(measured, tmp_path):
     model, out = tmp_path / "model", tmp_path / "figures.json"
-    export = [sys.executable, "-m", "jaxdistill.export", "--run", str(measured), "--out", str(model)]
-    subprocess.run(export, cwd=ROOT, env=environment(), capture_output=True, check=True)
+    assert call("export", "--run", str(measured), "--out", str(model)).returncode == 0
     config = str(measured / "config.yaml")
     result = evaluate("--config", config, "--model", str(model), "--json", str(out), "eval.scorer=numeric")
     assert result.returncode == 0, result.stderr

@@ -1,14 +1,12 @@
 """The path end to end: what a run leaves behind, how it resumes, and what its result is good for."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from .conftest import ROOT, environment, kill_at_row, rows, without_clocks
+from .conftest import ROOT, apart, call, kill_at_row, rows, without_clocks, words
 
 
 def test_a_run_leaves_everything_the_design_names(finished):
@@ -43,14 +41,12 @@ def test_nothing_is_compiled_again_after_warm_up(finished):
     assert [row["recompiles"] for row in rows(finished)[:-1]] == [0] * 6
 
 
-def test_a_killed_run_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_one(
-    train, finished, tmp_path
-):
+def test_a_killed_run_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_one(finished, tmp_path):
     """SIGKILL once step 4 is logged; the checkpoint before it is of step 2 or 4."""
     folder = tmp_path / "killed"
     kill_at_row(folder, 4)
     assert [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
-    again = train(folder)
+    again = apart(*words(folder))
     assert again.returncode == 0, again.stderr
     resumed, expected = rows(folder), rows(finished)
     assert [without_clocks(row) for row in resumed] == [without_clocks(row) for row in expected]
@@ -65,8 +61,8 @@ def test_a_finished_run_run_again_trains_no_further(train, finished):
 
 def test_export_writes_a_folder_that_loads_with_the_trained_weights(finished, tmp_path):
     out = tmp_path / "model"
-    export = [sys.executable, "-m", "jaxdistill.export", "--run", str(finished), "--out", str(out)]
-    result = subprocess.run(export, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    export = ("export", "--run", str(finished), "--out", str(out))
+    result = call(*export)
     assert result.returncode == 0, result.stderr
     assert "step 6" in result.stdout
     trained, start = (
@@ -77,14 +73,10 @@ def test_export_writes_a_folder_that_loads_with_the_trained_weights(finished, tm
     assert any((trained[name] != start[name]).any() for name in trained)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (out / name).is_file(), name
-    first = subprocess.run(
-        [*export, "--step", "4"], cwd=ROOT, env=environment(), capture_output=True, check=False
-    )
+    first = call(*export, "--step", "4")
     assert first.returncode == 0  # an export may be replaced by another
     assert any((load_file(out / "model.safetensors")[name] != trained[name]).any() for name in trained)
-    wrong = subprocess.run(
-        [*export, "--step", "5"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
+    wrong = call(*export, "--step", "5")
     assert (
         wrong.returncode == 2
         and "no checkpoint of step 5" in wrong.stderr

@@ -1,8 +1,6 @@
 """Runs with several teachers, and runs that replay what another recorded."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from .conftest import ROOT, environment, rows
+from .conftest import ROOT, call, rows
 
 
 def run(tmp_path: Path, name: str, teachers: dict, *, steps: int = 3, code: int = 0) -> str:
@@ -27,15 +25,7 @@ def run(tmp_path: Path, name: str, teachers: dict, *, steps: int = 3, code: int 
         **teachers,
     }
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxdistill.train", "--config", str(tmp_path / f"{name}.yaml")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = call("train", "--config", str(tmp_path / f"{name}.yaml"))
     assert done.returncode == code, done.stderr
     return done.stderr
 

@@ -341,7 +341,7 @@ def test_nobody_there_is_unavailable_and_says_where(
     with fake(tokenizer) as server:
         pass  # a port that was free a moment ago
     with (
-        teacher_on(server, batch_budget_s=0.3) as teacher,
+        teacher_on(server, start_timeout_s=0.3) as teacher,
         pytest.raises(TeacherUnavailable, match=server.url),
     ):
         teacher.check()
