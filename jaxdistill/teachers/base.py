@@ -14,7 +14,7 @@ from jaxdistill.teachers.generation import Written
 from jaxdistill.teachers.identity import TeacherIdentity
 from jaxdistill.text import Tokenizer, concatenate
 
-View = tuple[Int32[np.ndarray, " P"], TokenSpans]  # what a teacher reads: prompt ids, and the response
+View = tuple[Int32[np.ndarray, " _"], TokenSpans]  # what a teacher reads: prompt ids, and the response
 
 
 @runtime_checkable
