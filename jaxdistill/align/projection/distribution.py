@@ -167,9 +167,7 @@ class Projector:
 def _log_support(ground: Ground, history: Float64[np.ndarray, " E"]) -> Float64[np.ndarray, " E"]:
     """See `records.Projection`. `history` is log M of the states."""
     starts, offsets = ground.response.starts, ground.places.offsets
-    position = np.searchsorted(
-        starts, offsets
-    )  # of the path's first token that begins at the state or behind
+    position = ground.places.holder + 1  # of the path's first token that begins at the state or behind
     reached = np.minimum(history - ground.path[np.maximum(position - 1, 0)], 0.0)
     own = (starts[position] == offsets) & (np.abs(history - ground.path[position]) <= np.log(2.0))
     return np.where(own, 0.0, np.where(np.isfinite(history), reached, -np.inf))
@@ -199,14 +197,14 @@ def _first_terms(ground: Ground, history: Float64[np.ndarray, " E"]) -> _Front:
     over = _Front(
         border,
         places.contexts[border],
-        np.searchsorted(starts, places.offsets[border]) - 1,  # of the path's own token; others need none
+        places.holder[border],  # of the path's own token; others need none
         terms.token[at],
         terms.offset[at],
         share[at],
         terms.own[at],
         np.ones(len(at), bool),
     )
-    position = np.searchsorted(starts[:-1], places.offsets)
+    position = places.holder + 1
     begins = np.flatnonzero(np.append(starts[:-1], -1)[position] == places.offsets)
     here = _proposed(ground, history, begins, places.contexts[begins], position[begins], first=True)
     return _Front(

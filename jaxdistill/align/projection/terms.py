@@ -33,11 +33,13 @@ from jaxdistill.records import Alignment, TeacherScores, TokenSpans
 
 @dataclass(frozen=True)
 class Places:
-    """The borders, rising: teacher symbol offsets, how many student tokens stand before, and the context."""
+    """The borders, rising: teacher symbol offsets, the teacher token that holds each (the last that begins
+    before it, -1 at the start), how many student tokens stand before, and the context."""
 
     before: Int32[np.ndarray, " R"]
     after: Int32[np.ndarray, " R"]
     offsets: Int64[np.ndarray, " E"]
+    holder: Int64[np.ndarray, " E"]
     tokens: Int64[np.ndarray, " E"]
     contexts: Int32[np.ndarray, " E"]
 
@@ -72,8 +74,9 @@ def _places(student: TokenSpans, teacher: Symbols, alignment: Alignment, cuts: C
     unique, inverse = np.unique(keys, return_inverse=True)
     before, after = (np.full(len(student), -1, np.int32) for _ in range(2))
     before[tokens], after[tokens] = inverse[: len(tokens)], inverse[len(tokens) :]
-    count = unique % width
-    return Places(before, after, unique // width, count, cuts.contexts(student)[count])
+    offsets, count = np.divmod(unique, width)
+    holder = np.searchsorted(teacher.starts, offsets) - 1
+    return Places(before, after, offsets, holder, count, cuts.contexts(student)[count])
 
 
 def known_proposals(
@@ -164,7 +167,12 @@ def read_ground(
     vocabulary: Symbols,
     cuts: Cuts,
 ) -> Ground:
-    """The borders of a response and the sum's terms at each. Arguments and errors as `border_masses`."""
+    """The borders of one response and the sum's terms at each. `vocabulary` are the teacher's
+    `vocabulary_symbols`.
+
+    Linear in S * J and in the bytes on which proposals agree. Raises TeacherContractError without a top-k for
+    each teacher token, or with ids outside the vocabulary.
+    """
     proposals = _with_sampled(scores, cuts.end_of_turn)
     response = symbols_of(scores.response)
     places = _places(student, response, alignment, cuts)
