@@ -43,5 +43,5 @@ def _shorter(ground: Ground) -> Float64[np.ndarray, " E"]:
     ids, agreed = proposals.ids[places.holder], agreed[places.holder]
     whole = (ids >= 0) & (agreed == ground.vocabulary.lengths[ids])
     before = agreed < (places.offsets - ground.response.starts[places.holder])[:, None]
-    shares = np.where(whole & before, np.exp(proposals.logprobs[places.holder]), 0.0).sum(axis=1)
+    shares = np.where(whole & before, proposals.probabilities[places.holder], 0.0).sum(axis=1)
     return np.where(places.holder >= 0, np.minimum(shares, 1.0), 0.0)

@@ -97,7 +97,7 @@ class Cuts:
         self._forget()
 
     def _forget(self) -> None:
-        self._contexts: dict[_Context, int] = {_NO_CONTEXT: 0}
+        self._contexts: dict[tuple[bytes, int, bytes], int] = {_NO_CONTEXT: 0}
         self._names = [_NO_CONTEXT]  # in the order of their numbers
         self._beside = array("h", [_START, -1])  # bytes beside each border, -1 where not known
         self._of_token = np.full(self._student.vocab_size, -1, np.int32)  # contexts of one token
@@ -113,14 +113,13 @@ class Cuts:
         if len(self._answers) + 10 * len(self._contexts) > self._limit:
             self._forget()
         begin = context_starts(response, self._pieces, self._student.family == "byte-level")
-        starts, ends = response.starts, response.ends
-        numbers = np.where(begin == starts, self._of_token[response.ids], -1)
-        for token in np.flatnonzero(numbers < 0).tolist():
-            low, start, end = int(begin[token]), int(starts[token]), int(ends[token])
-            number = self._number(_Context(response.data[low:end], end - start, b"")) if end > low else 0
-            numbers[token] = number
-            if low == start:
-                self._of_token[response.ids[token]] = number
+        starts, ends, data = response.starts, response.ends, response.data
+        alone = begin == starts
+        numbers = np.where(alone, self._of_token[response.ids], -1)
+        asked = np.flatnonzero(numbers < 0)
+        places = zip(begin[asked].tolist(), starts[asked].tolist(), ends[asked].tolist(), strict=True)
+        numbers[asked] = [self._number(data[low:end], end - start, b"") for low, start, end in places]
+        self._of_token[response.ids[alone]] = numbers[alone]
         return np.concatenate([np.zeros(1, np.int32), numbers.astype(np.int32)])
 
     def longer(
@@ -133,19 +132,20 @@ class Cuts:
         numbers = []
         for number, rest in zip(contexts.tolist(), self._rests(tokens, offsets), strict=True):
             before, last, after = self._names[number]
-            numbers.append(self._number(_Context(before, last, after + rest)))
+            numbers.append(self._number(before, last, after + rest))
         return np.asarray(numbers, np.int32)
 
     def _rests(self, tokens: Int32[np.ndarray, " N"], offsets: Int64[np.ndarray, " N"]) -> list[bytes]:
         places = (self._starts[tokens] + offsets).tolist()
         return [self._data[p:e] for p, e in zip(places, self._ends[tokens].tolist(), strict=True)]
 
-    def _number(self, context: _Context) -> int:
-        number = self._contexts.setdefault(context, len(self._contexts))
-        if number == len(self._names):
-            self._names.append(context)
-            last = _OPEN if _is_open(context.before) else (context.before or [_START])[-1]
-            self._beside.extend((last, context.after[0] if context.after else -1))
+    def _number(self, before: bytes, last: int, after: bytes) -> int:
+        number = self._contexts.get((before, last, after))
+        if number is None:
+            number = self._contexts[before, last, after] = len(self._names)
+            self._names.append(_Context(before, last, after))
+            beside = _OPEN if _is_open(before) else (before or [_START])[-1]
+            self._beside.extend((beside, after[0] if after else -1))
         return number
 
     def _bytes_beside(self, contexts: Int32[np.ndarray, " N"]) -> Int64[np.ndarray, "2 N"]:
@@ -294,6 +294,8 @@ class Cuts:
             piece = int(self._longer_piece[token])
             return [*letter, self._pieces[piece][len(text) :]] if piece >= 0 else letter
         low = bisect_right(self._pieces, text)
+        if low == len(self._pieces) or not self._pieces[low].startswith(text):
+            return letter
         high = bisect_left(self._pieces, text + b"\xff" * 8, lo=low)
         first = low + np.argsort(self._ranks[low:high])[:_TRIED]
         return [*letter, *(self._pieces[index][len(text) :] for index in first.tolist())]

@@ -190,7 +190,7 @@ class _Front:
 def _first_terms(ground: Ground, history: Float64[np.ndarray, " E"]) -> _Front:
     """Tokens that reach beyond each border from before, and all that begin at it."""
     places, starts, terms = ground.places, ground.response.starts, ground.terms
-    lengths = np.diff(ground.vocabulary.starts)
+    lengths = ground.vocabulary.lengths
     share = np.exp(terms.weight - history[terms.border])
     at = np.flatnonzero((terms.offset < lengths[terms.token]) & (terms.own | (share > _LEAST)))
     border = terms.border[at]
@@ -288,22 +288,18 @@ def _fill(
 ) -> None:
     """Writes the sampled token of each row that is not masked and the likeliest others, descending.
 
-    `ids` are the others, each once in its row.
+    `rows` rise; `ids` are the others, each once in its row. Equal ones keep their order.
     """
-    room = found.ids.shape[1]
-    rank, order = _ranked(rows, logprobs)
-    order = order[rank < room - 1]
-    sampled = np.flatnonzero(found.mask)
-    rows, ids = np.concatenate([sampled, rows[order]]), np.concatenate([response.ids[sampled], ids[order]])
-    # In float32 as they are kept, so that they descend there too.
-    values = np.concatenate([found.logprob[sampled], logprobs[order].astype(np.float32)])
-    rank, order = _ranked(rows, values)
-    found.ids[rows[order], rank] = ids[order]
-    found.logprobs[rows[order], rank] = values[order]
-
-
-def _ranked(rows: Int64[np.ndarray, " X"], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An order by row and descending value, and the place of each in its row. Equal ones keep their order."""
-    order = np.lexsort((-values, rows))
-    in_order = rows[order]
-    return np.arange(len(rows)) - np.searchsorted(in_order, in_order), order
+    count, room = np.bincount(rows, minlength=len(response)), found.ids.shape[1]
+    column = np.arange(len(rows)) - (np.cumsum(count) - count)[rows]
+    others = np.full((len(response), count.max(initial=0)), -1, np.int32)
+    values = np.full(others.shape, -np.inf)
+    others[rows, column], values[rows, column] = ids, logprobs
+    likeliest = np.argsort(-values, axis=1, kind="stable")[:, : room - 1]
+    others, values = (np.take_along_axis(x, likeliest, axis=1) for x in (others, values))
+    # In float32 as they are kept, so that they descend there too. The sampled token is before its equals.
+    listed = np.column_stack([np.where(found.mask, response.ids, -1), others])
+    values = np.column_stack([np.where(found.mask, found.logprob, -np.inf), values]).astype(np.float32)
+    order = np.argsort(-values, axis=1, kind="stable")
+    found.ids[:, : listed.shape[1]] = np.take_along_axis(listed, order, axis=1)
+    found.logprobs[:, : listed.shape[1]] = np.take_along_axis(values, order, axis=1)

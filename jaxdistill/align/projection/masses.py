@@ -145,7 +145,7 @@ def _next_shares(
     does not decide, those behind it do, `levels` tokens far, and in the end the response itself.
     """
     proposals, places = ground.proposals, ground.places
-    ids, probability = proposals.ids[position], np.exp(proposals.logprobs[position])
+    ids, probability = proposals.ids[position], proposals.probabilities[position]
     sampled, rows = proposals.sampled[position], np.arange(len(position))
     asked = (ids >= 0) & (probability > _LEAST)
     asked[rows, sampled] = True

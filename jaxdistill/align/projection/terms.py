@@ -50,6 +50,7 @@ class Proposals:
 
     ids: Int32[np.ndarray, "S J"]
     logprobs: Float64[np.ndarray, "S J"]
+    probabilities: Float64[np.ndarray, "S J"]
     sampled: Int64[np.ndarray, " S"]
     unseen: Float64[np.ndarray, " S"]
 
@@ -111,8 +112,9 @@ def _with_sampled(scores: TeacherScores, end_of_turn: int | None) -> Proposals:
     extra = np.where(missing, scores.logprobs[:, None].astype(np.float64), -np.inf)
     all_logprobs = np.concatenate([logprobs, extra], axis=1)
     all_ids = np.concatenate([ids, np.where(missing, sampled, -1)], axis=1).astype(np.int32)
-    unseen = np.clip(1.0 - np.exp(all_logprobs).sum(axis=1), 0.0, 1.0)
-    return Proposals(all_ids, all_logprobs, (all_ids == sampled).argmax(axis=1), unseen)
+    probabilities = np.exp(all_logprobs)
+    unseen = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
+    return Proposals(all_ids, all_logprobs, probabilities, (all_ids == sampled).argmax(axis=1), unseen)
 
 
 @dataclass(frozen=True)
@@ -131,19 +133,17 @@ def _terms(
     response: Symbols,
     proposals: Proposals,
     agreed: Int32[np.ndarray, "S J"],
-    weights: Float64[np.ndarray, "S J"],
+    path: Float64[np.ndarray, " S1"],
 ) -> Terms:
-    ids = proposals.ids
-    begin = np.broadcast_to(response.starts[:-1, None], ids.shape)
-    chosen = np.flatnonzero((agreed > 0) & np.isfinite(weights))
-    begin, token = begin.reshape(-1)[chosen], ids.reshape(-1)[chosen]
-    low = np.searchsorted(places.offsets, begin, side="right")
-    high = np.searchsorted(places.offsets, begin + agreed.reshape(-1)[chosen], side="right")
-    counts = high - low
+    row, column = np.nonzero((agreed > 0) & np.isfinite(path[:-1, None] + proposals.logprobs))
+    begin, token, own = response.starts[row], proposals.ids[row, column], column == proposals.sampled[row]
+    borders_up_to = np.searchsorted(places.offsets, np.arange(len(response.symbols) + 1), side="right")
+    low = borders_up_to[begin]
+    counts = borders_up_to[begin + agreed[row, column]] - low
     border = np.repeat(low - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-    own = (np.arange(ids.shape[1]) == proposals.sampled[:, None]).reshape(-1)[chosen]
-    token, weight, own = (np.repeat(x, counts) for x in (token, weights.reshape(-1)[chosen], own))
-    return Terms(border, token, places.offsets[border] - np.repeat(begin, counts), weight, own)
+    weight = path[row] + proposals.logprobs[row, column]
+    begin, token, weight, own = (np.repeat(x, counts) for x in (begin, token, weight, own))
+    return Terms(border, token, places.offsets[border] - begin, weight, own)
 
 
 @dataclass(frozen=True)
@@ -178,5 +178,5 @@ def read_ground(
     places = _places(student, response, alignment, cuts)
     agreed = agree(vocabulary, proposals.ids, response)
     path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
-    terms = _terms(places, response, proposals, agreed, path[:-1, None] + proposals.logprobs)
+    terms = _terms(places, response, proposals, agreed, path)
     return Ground(student, vocabulary, response, places, proposals, agreed, path, terms)
