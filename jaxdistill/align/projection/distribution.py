@@ -223,20 +223,20 @@ def _proposed(
 ) -> _Front:
     """All that is proposed at each of these positions, for these borders with these contexts."""
     proposals = ground.proposals
-    ids = proposals.ids[position]
-    weight = ground.path[position, None] + proposals.logprobs[position] - history[border][:, None]
-    own = np.arange(ids.shape[1]) == proposals.sampled[position, None]
-    share = np.exp(weight)
-    row, column = np.nonzero((ids >= 0) & (own | (share > _LEAST)))
+    sampled = proposals.sampled[position]
+    share = np.exp(proposals.weights[position] - history[border][:, None])
+    listed = share > _LEAST
+    listed[np.arange(len(position)), sampled] = True
+    row, column = np.nonzero(listed)
     count = len(row)
     return _Front(
         border[row],
         context[row],
         position[row],
-        ids[row, column],
+        proposals.ids[position[row], column],
         np.zeros(count, np.int64),
         share[row, column],
-        own[row, column],
+        column == sampled[row],
         np.full(count, first),
     )
 

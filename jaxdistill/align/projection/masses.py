@@ -147,7 +147,7 @@ def _next_shares(
     proposals, places = ground.proposals, ground.places
     ids, probability = proposals.ids[position], proposals.probabilities[position]
     sampled, rows = proposals.sampled[position], np.arange(len(position))
-    asked = (ids >= 0) & (probability > _LEAST)
+    asked = probability > _LEAST
     asked[rows, sampled] = True
     at = np.nonzero(asked)
     alone, going_on = cuts.at(contexts[at[0]], ids[at], np.zeros(len(at[0]), np.int64))

@@ -46,11 +46,12 @@ class Places:
 
 @dataclass(frozen=True)
 class Proposals:
-    """Top-k with the sampled token: its column at each position, and the probability beyond them all."""
+    """Top-k with the sampled token: its column at each position, and the probability beyond them all. An id
+    of -1 has no probability."""
 
     ids: Int32[np.ndarray, "S J"]
-    logprobs: Float64[np.ndarray, "S J"]
-    probabilities: Float64[np.ndarray, "S J"]
+    weights: Float64[np.ndarray, "S J"]  # log P(j) p(v)
+    probabilities: Float64[np.ndarray, "S J"]  # p(v)
     sampled: Int64[np.ndarray, " S"]
     unseen: Float64[np.ndarray, " S"]
 
@@ -104,7 +105,9 @@ def known_proposals(
     )
 
 
-def _with_sampled(scores: TeacherScores, end_of_turn: int | None) -> Proposals:
+def _with_sampled(
+    scores: TeacherScores, end_of_turn: int | None, path: Float64[np.ndarray, " S1"]
+) -> Proposals:
     """What is known to be proposed, with the sampled token added where it is missing."""
     ids, logprobs = known_proposals(scores, end_of_turn)
     sampled = scores.response.ids[:, None]
@@ -114,7 +117,8 @@ def _with_sampled(scores: TeacherScores, end_of_turn: int | None) -> Proposals:
     all_ids = np.concatenate([ids, np.where(missing, sampled, -1)], axis=1).astype(np.int32)
     probabilities = np.exp(all_logprobs)
     unseen = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
-    return Proposals(all_ids, all_logprobs, probabilities, (all_ids == sampled).argmax(axis=1), unseen)
+    weights = path[:-1, None] + all_logprobs
+    return Proposals(all_ids, weights, probabilities, (all_ids == sampled).argmax(axis=1), unseen)
 
 
 @dataclass(frozen=True)
@@ -133,15 +137,14 @@ def _terms(
     response: Symbols,
     proposals: Proposals,
     agreed: Int32[np.ndarray, "S J"],
-    path: Float64[np.ndarray, " S1"],
 ) -> Terms:
-    row, column = np.nonzero((agreed > 0) & np.isfinite(path[:-1, None] + proposals.logprobs))
+    row, column = np.nonzero((agreed > 0) & np.isfinite(proposals.weights))
     begin, token, own = response.starts[row], proposals.ids[row, column], column == proposals.sampled[row]
     borders_up_to = np.searchsorted(places.offsets, np.arange(len(response.symbols) + 1), side="right")
     low = borders_up_to[begin]
     counts = borders_up_to[begin + agreed[row, column]] - low
     border = np.repeat(low - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-    weight = path[row] + proposals.logprobs[row, column]
+    weight = proposals.weights[row, column]
     begin, token, weight, own = (np.repeat(x, counts) for x in (begin, token, weight, own))
     return Terms(border, token, places.offsets[border] - begin, weight, own)
 
@@ -173,10 +176,10 @@ def read_ground(
     Linear in S * J and in the bytes on which proposals agree. Raises TeacherContractError without a top-k for
     each teacher token, or with ids outside the vocabulary.
     """
-    proposals = _with_sampled(scores, cuts.end_of_turn)
+    path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
+    proposals = _with_sampled(scores, cuts.end_of_turn, path)
     response = symbols_of(scores.response)
     places = _places(student, response, alignment, cuts)
     agreed = agree(vocabulary, proposals.ids, response)
-    path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
-    terms = _terms(places, response, proposals, agreed, path)
+    terms = _terms(places, response, proposals, agreed)
     return Ground(student, vocabulary, response, places, proposals, agreed, path, terms)
