@@ -26,7 +26,7 @@ N: it is listed if they are at most `_DOUBT` of it, else all of it stays in the 
 a coarser grain. The sampled token is always listed.
 
 Where the masses were estimated, the listed tokens can come out with more than is left beside the sampled one;
-then they are scaled down to that.
+then they are scaled down to that. Where nothing is left, none is listed.
 
 Letters: R student tokens, S teacher tokens, J proposals at each (see `terms`), K listed candidates, E
 borders, N terms, X pairs of a border and a student token.
@@ -105,9 +105,9 @@ class Projector:
         row, ids, share = row[kept], seen.ids[kept], seen.share[kept]
         left = 1.0 - np.exp(found.logprob.astype(np.float64))
         sums = np.bincount(row, weights=share, minlength=len(response))
-        scale = np.minimum(1.0, left / np.maximum(sums, _UNSEEN))[row]
-        with np.errstate(divide="ignore"):
-            _fill(found, response, row, ids, np.log(share * scale))
+        share = share * np.minimum(1.0, left / np.maximum(sums, _UNSEEN))[row]
+        some = share > 0
+        _fill(found, response, row[some], ids[some], np.log(share[some]))
         return found
 
     def _nothing(self, count: int) -> Projection:
