@@ -1,8 +1,9 @@
 """CPU seconds of projecting a teacher's top-k: a first batch, the same again, and a next one.
 
-`python benchmarks/projection.py STUDENT TEACHER [--responses 64] [--proposals 16 64]` (folders with
-tokenizer.json). `ratio` is the projection's CPU time over that of encoding the responses for the teacher;
-`tail` what is not listed, of which `unseen` is beyond the top-k.
+`python benchmarks/projection.py STUDENT TEACHER [--responses 64] [--proposals 16 64] [--out FILE]` (folders
+with tokenizer.json). One JSON line a batch: the projection's CPU time over that of encoding the responses for
+the teacher, which is to be at most a tenth; exit code 1 where it is more. `tail` is what is not listed, of
+which `unseen` is beyond the top-k.
 
 No model runs here, so proposals are made up in two ways. "followers": what followed the same teacher token in
 other text of the corpus, most often first, which is how alike a model's proposals are from batch to batch.
@@ -12,11 +13,15 @@ with noticeable probability: hardly any question comes twice, the worst case for
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from align import stream
+from measure import figure, finish
 
 from jaxdistill.align import align
 from jaxdistill.align.projection import Projector
@@ -24,6 +29,7 @@ from jaxdistill.records import TeacherScores, TokenSpans
 from jaxdistill.text import Tokenizer
 
 LENGTH, SHARE = 2_048, 0.98
+MOST = 0.1  # of the CPU time of encoding
 
 
 class Followers:
@@ -71,7 +77,7 @@ class Near:
         return np.concatenate([response.ids[:, None], near, any_id], axis=1), weights
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,39 +85,44 @@ def main() -> None:
     parser.add_argument("teacher")
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--proposals", type=int, nargs="+", default=[16, 64])
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
+    options = parser.parse_args(argv)
     student, teacher = Tokenizer.load(options.student), Tokenizer.load(options.teacher)
     makers = (("followers", Followers(student, teacher)), ("near", Near(teacher)))
     runs = [(name, propose, k) for name, propose in makers for k in options.proposals]
+    rows = []
     for name, propose, proposals in runs:
         begin = time.process_time()
         projector = Projector(student, teacher, candidates=proposals)
-        print(json.dumps({"loading": round(time.process_time() - begin, 2)}), flush=True)
+        loading = time.process_time() - begin
         batches = []
         for first in (0, options.responses):
-            rows = [stream(student, LENGTH, first + seed) for seed in range(options.responses)]
+            texts = [stream(student, LENGTH, first + seed) for seed in range(options.responses)]
             begin = time.process_time()
-            read = teacher.encode_batch([row.data for row in rows])
+            read = teacher.encode_batch([text.data for text in texts])
             encoding = time.process_time() - begin
             batch = []
-            for row, scored in zip(rows, read, strict=True):
+            for text, scored in zip(texts, read, strict=True):
                 ids, weights = propose(scored, proposals)
                 probabilities = weights / weights.sum(axis=1, keepdims=True) * SHARE
                 logprobs = np.where(ids < 0, -np.inf, np.log(probabilities)).astype(np.float32)
                 scores = TeacherScores(scored, logprobs[:, 0], "made up", "0", ids, logprobs)
-                batch.append((row, scores, align(row, scored)))
+                batch.append((text, scores, align(text, scored)))
             batches.append(batch)
         for when, batch in (("first", batches[0]), ("again", batches[0]), ("next", batches[1])):
             begin = time.process_time()
-            found = [projector(*row) for row in batch]
+            found = [projector(*one) for one in batch]
             seconds = time.process_time() - begin
             tail = np.concatenate([1.0 - np.exp(one.logprobs[one.mask]).sum(axis=1) for one in found])
             floored = np.concatenate([one.floored[one.mask] for one in found])
-            figures = {"made": name, "proposals": proposals, "batch": when, "cpu_seconds": round(seconds, 2)}
-            figures |= {"teacher_encoding": round(encoding, 2), "ratio": round(seconds / encoding, 1)}
-            figures |= {"tail": round(float(tail.mean()), 4), "unseen": round(1 - SHARE, 4)}
-            print(json.dumps({**figures, "floored": float(floored.mean())}), flush=True)
+            unit = "times the CPU of encoding"
+            ratio = figure(f"projection_{name}_{proposals}_{when}", seconds / encoding, unit, MOST)
+            figures = {"cpu_seconds": seconds, "teacher_encoding": encoding, "loading": loading}
+            figures |= {"tail": tail.mean(), "unseen": 1 - SHARE, "floored": floored.mean()}
+            rows.append(ratio | {key: float(f"{value:.4g}") for key, value in figures.items()})
+            print(json.dumps(rows[-1]), flush=True)
+    return finish(rows, options.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -197,13 +197,13 @@ class ContentEncoder:
         kept = [b"" if is_odd else content for content, is_odd in zip(contents, odd.tolist(), strict=True)]
         if self._table.join(ids[~odd[row]])[0] != b"".join(kept):
             odd[:] = True
-        slow = np.flatnonzero(odd).tolist()
-        if not slow:
+        slow = np.flatnonzero(odd)
+        if not len(slow):
             return ids, counts
-        parts = np.split(ids, np.cumsum(counts)[:-1])
-        for index, own in zip(slow, self.encode_batch([contents[index] for index in slow]), strict=True):
-            parts[index], counts[index] = own, len(own)
-        return np.concatenate(parts), counts
+        mended, plain = self.encode_batch([contents[index] for index in slow.tolist()]), ~odd[row]
+        counts[slow] = [len(own) for own in mended]
+        order = np.argsort(np.concatenate([row[plain], np.repeat(slow, counts[slow])]), kind="stable")
+        return np.concatenate([ids[plain], *mended])[order], counts
 
     def _split(self, content: bytes) -> list[str | bytes]:
         """Stretches of text (str) and of bytes that only byte tokens can carry (bytes)."""

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from jaxdistill.align import align
-from jaxdistill.align.projection import Borders, Cuts, Projector, border_masses, vocabulary_symbols
+from jaxdistill.align.projection import (
+    Cuts,
+    Projector,
+    bounds_of,
+    masses_of,
+    read_ground,
+    vocabulary_symbols,
+)
 from jaxdistill.align.texts import built_in
 from jaxdistill.records import TeacherScores, TokenSpans
 from jaxdistill.text import Tokenizer, concatenate
@@ -107,7 +114,7 @@ def test_a_canonical_response_always_has_mass(genuine: Any, sides: tuple[str, st
         scored = teacher.encode(response.data)
         logprobs = np.full((len(scored), 1), np.log(0.9), np.float32)
         scores = TeacherScores(scored, logprobs[:, 0], "t", "0", scored.ids[:, None], logprobs)
-        found = border_masses(response, scores, align(response, scored), vocabulary, cuts)
+        found = masses_of(read_ground(response, scores, align(response, scored), vocabulary, cuts), cuts)
         assert (found.after >= 0).all()
         log_m = found.log_m[found.after]
         # The path up to the token that holds the border, and the one behind it.
@@ -190,11 +197,13 @@ def test_masses_of_short_strings_are_those_counted(genuine: Any) -> None:
             for index in np.random.default_rng(1).permutation(len(texts))[:12].tolist():
                 response, scores = counted.mine[index], counted.scores(index)
                 alignment = align(response, scores.response)
-                found: Borders = border_masses(response, scores, alignment, vocabulary, cuts)
+                ground = read_ground(response, scores, alignment, vocabulary, cuts)
+                found = masses_of(ground, cuts)
+                bounds = bounds_of(ground, found, cuts)
                 assert (found.after >= 0).all()
                 errors.append(found.log_m[found.after] - counted.truth(index))
-                rooms.append(-np.log1p(-np.minimum(found.guessed[found.after], 1 - 1e-12)))
-                known.append(found.shorter[found.after] == 0)
+                rooms.append(-np.log1p(-np.minimum(bounds.guessed[found.after], 1 - 1e-12)))
+                known.append(bounds.shorter[found.after] == 0)
     error, room, sure = (np.concatenate(part) for part in (errors, rooms, known))
     outside = (np.abs(error) > room + 1e-3) & sure
     size = np.abs(error)

@@ -84,6 +84,7 @@ class Cuts:
         self._limit = limit
         vocabulary = teacher.spans(np.arange(teacher.vocab_size, dtype=np.int32))
         self._data, self._starts, self._ends = vocabulary.data, vocabulary.starts, vocabulary.ends
+        self._lengths = (self._ends - self._starts).tolist()
         self._first = np.frombuffer(self._data + b"\0", np.uint8)
         self._joined = np.concatenate([_joined_bytes(student), np.ones(256, bool), np.zeros(256, bool)])
         # Bytes that end a word, a number or a sign in ASCII: a space behind them begins a pre-token.
@@ -97,9 +98,9 @@ class Cuts:
         self._forget()
 
     def _forget(self) -> None:
-        self._contexts: dict[_Context, int] = {_NO_CONTEXT: 0}
+        self._contexts: dict[tuple[bytes, int, bytes], int] = {_NO_CONTEXT: 0}
         self._names = [_NO_CONTEXT]  # in the order of their numbers
-        self._beside = array("h", [_START, -1])  # bytes beside each border, -1 where not known
+        self._beside = array("i", [-1 << 16 | _START])  # the byte before each border, above it the one behind
         self._of_token = np.full(self._student.vocab_size, -1, np.int32)  # contexts of one token
         self._continuations: dict[tuple[bytes, int], bytes] = {}
         self._answers = Memory()
@@ -113,14 +114,13 @@ class Cuts:
         if len(self._answers) + 10 * len(self._contexts) > self._limit:
             self._forget()
         begin = context_starts(response, self._pieces, self._student.family == "byte-level")
-        starts, ends = response.starts, response.ends
-        numbers = np.where(begin == starts, self._of_token[response.ids], -1)
-        for token in np.flatnonzero(numbers < 0).tolist():
-            low, start, end = int(begin[token]), int(starts[token]), int(ends[token])
-            number = self._number(_Context(response.data[low:end], end - start, b"")) if end > low else 0
-            numbers[token] = number
-            if low == start:
-                self._of_token[response.ids[token]] = number
+        starts, ends, data = response.starts, response.ends, response.data
+        alone = begin == starts
+        numbers = np.where(alone, self._of_token[response.ids], -1)
+        asked = np.flatnonzero(numbers < 0)
+        places = zip(begin[asked].tolist(), starts[asked].tolist(), ends[asked].tolist(), strict=True)
+        numbers[asked] = [self._number(data[low:end], end - start, b"") for low, start, end in places]
+        self._of_token[response.ids[alone]] = numbers[alone]
         return np.concatenate([np.zeros(1, np.int32), numbers.astype(np.int32)])
 
     def longer(
@@ -133,23 +133,28 @@ class Cuts:
         numbers = []
         for number, rest in zip(contexts.tolist(), self._rests(tokens, offsets), strict=True):
             before, last, after = self._names[number]
-            numbers.append(self._number(_Context(before, last, after + rest)))
+            numbers.append(self._number(before, last, after + rest))
         return np.asarray(numbers, np.int32)
 
     def _rests(self, tokens: Int32[np.ndarray, " N"], offsets: Int64[np.ndarray, " N"]) -> list[bytes]:
         places = (self._starts[tokens] + offsets).tolist()
         return [self._data[p:e] for p, e in zip(places, self._ends[tokens].tolist(), strict=True)]
 
-    def _number(self, context: _Context) -> int:
-        number = self._contexts.setdefault(context, len(self._contexts))
-        if number == len(self._names):
-            self._names.append(context)
-            last = _OPEN if _is_open(context.before) else (context.before or [_START])[-1]
-            self._beside.extend((last, context.after[0] if context.after else -1))
+    def _number(self, before: bytes, last: int, after: bytes) -> int:
+        number = self._contexts.get((before, last, after))
+        if number is None:
+            number = self._contexts[before, last, after] = len(self._names)
+            self._names.append(_Context(before, last, after))
+            last_byte = _OPEN if _is_open(before) else (before or [_START])[-1]
+            self._beside.append((after[0] if after else -1) << 16 | last_byte)
         return number
 
-    def _bytes_beside(self, contexts: Int32[np.ndarray, " N"]) -> Int64[np.ndarray, "2 N"]:
-        return np.frombuffer(self._beside, np.int16).reshape(-1, 2)[contexts].T.astype(np.int64)
+    def _bytes_beside(
+        self, contexts: Int32[np.ndarray, " N"]
+    ) -> tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]:
+        """The bytes before and behind each border; behind it -1 where not known."""
+        beside = np.frombuffer(self._beside, np.int32)[contexts]
+        return beside & 0xFFFF, beside >> 16
 
     def always(self, contexts: Int32[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
         """Whether the student cuts at each context's border whatever follows."""
@@ -274,26 +279,30 @@ class Cuts:
         Those of no more than the token are remembered; a longer text comes once, its answer is."""
         found = {pair: self._continuations.get(pair) for pair in asked}
         new = [pair for pair, known in found.items() if known is None]
-        tried = [(pair, more) for pair in new for more in self._candidates(*pair)]
-        tokens = np.asarray([token for (_, token), _ in tried], np.int32)
-        wholes = self._rests(tokens, np.zeros(len(tried), np.int64))
-        first = _first_ids(self._teacher, [w + more for w, (_, more) in zip(wholes, tried, strict=True)])
-        written = (first == tokens).tolist()
         fresh = dict.fromkeys(new, b"")
-        for (pair, more), possible in zip(reversed(tried), reversed(written), strict=True):
-            if possible:
-                fresh[pair] = more
-        sizes = (self._ends - self._starts)[np.asarray([token for _, token in new], np.int64)].tolist()
-        short = zip(fresh.items(), sizes, strict=True)
-        self._continuations.update(entry for entry, size in short if len(entry[0][0]) <= size)
+        left = [(pair, more) for pair in new if (more := self._candidates(*pair))]
+        while left:  # mostly the first is one that the teacher would write
+            tokens = np.asarray([token for (_, token), _ in left], np.int32)
+            wholes = self._rests(tokens, np.zeros(len(left), np.int64))
+            first = _first_ids(
+                self._teacher, [w + more[0] for w, (_, more) in zip(wholes, left, strict=True)]
+            )
+            tried = list(zip(left, (first == tokens).tolist(), strict=True))
+            fresh.update((pair, more[0]) for (pair, more), written in tried if written)
+            left = [(pair, more[1:]) for (pair, more), written in tried if not written and more[1:]]
+        self._continuations.update(
+            (pair, more) for pair, more in fresh.items() if len(pair[0]) <= self._lengths[pair[1]]
+        )
         return {pair: fresh[pair] if known is None else known for pair, known in found.items()}
 
     def _candidates(self, text: bytes, token: int) -> list[bytes]:
         letter = _BEHIND_SPACE if _ends_in_space(text) else []
-        if len(text) == self._ends[token] - self._starts[token]:  # the token itself, whole
+        if len(text) == self._lengths[token]:  # the token itself, whole
             piece = int(self._longer_piece[token])
             return [*letter, self._pieces[piece][len(text) :]] if piece >= 0 else letter
         low = bisect_right(self._pieces, text)
+        if low == len(self._pieces) or not self._pieces[low].startswith(text):
+            return letter
         high = bisect_left(self._pieces, text + b"\xff" * 8, lo=low)
         first = low + np.argsort(self._ranks[low:high])[:_TRIED]
         return [*letter, *(self._pieces[index][len(text) :] for index in first.tolist())]
@@ -334,6 +343,8 @@ def _is_open(before: bytes) -> bool:
 
 
 def _ends_in_space(data: bytes) -> bool:
+    if data[-1:] < b"\x80":
+        return data[-1:].decode().isspace()
     return data[-4:].decode("utf-8", "ignore")[-1:].isspace()
 
 

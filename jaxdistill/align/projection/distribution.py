@@ -26,7 +26,7 @@ N: it is listed if they are at most `_DOUBT` of it, else all of it stays in the 
 a coarser grain. The sampled token is always listed.
 
 Where the masses were estimated, the listed tokens can come out with more than is left beside the sampled one;
-then they are scaled down to that.
+then they are scaled down to that. Where nothing is left, none is listed.
 
 Letters: R student tokens, S teacher tokens, J proposals at each (see `terms`), K listed candidates, E
 borders, N terms, X pairs of a border and a student token.
@@ -105,9 +105,9 @@ class Projector:
         row, ids, share = row[kept], seen.ids[kept], seen.share[kept]
         left = 1.0 - np.exp(found.logprob.astype(np.float64))
         sums = np.bincount(row, weights=share, minlength=len(response))
-        scale = np.minimum(1.0, left / np.maximum(sums, _UNSEEN))[row]
-        with np.errstate(divide="ignore"):
-            _fill(found, response, row, ids, np.log(share * scale))
+        share = share * np.minimum(1.0, left / np.maximum(sums, _UNSEEN))[row]
+        some = share > 0
+        _fill(found, response, row[some], ids[some], np.log(share[some]))
         return found
 
     def _nothing(self, count: int) -> Projection:
@@ -167,9 +167,7 @@ class Projector:
 def _log_support(ground: Ground, history: Float64[np.ndarray, " E"]) -> Float64[np.ndarray, " E"]:
     """See `records.Projection`. `history` is log M of the states."""
     starts, offsets = ground.response.starts, ground.places.offsets
-    position = np.searchsorted(
-        starts, offsets
-    )  # of the path's first token that begins at the state or behind
+    position = ground.places.holder + 1  # of the path's first token that begins at the state or behind
     reached = np.minimum(history - ground.path[np.maximum(position - 1, 0)], 0.0)
     own = (starts[position] == offsets) & (np.abs(history - ground.path[position]) <= np.log(2.0))
     return np.where(own, 0.0, np.where(np.isfinite(history), reached, -np.inf))
@@ -192,21 +190,21 @@ class _Front:
 def _first_terms(ground: Ground, history: Float64[np.ndarray, " E"]) -> _Front:
     """Tokens that reach beyond each border from before, and all that begin at it."""
     places, starts, terms = ground.places, ground.response.starts, ground.terms
-    lengths = np.diff(ground.vocabulary.starts)
+    lengths = ground.vocabulary.lengths
     share = np.exp(terms.weight - history[terms.border])
     at = np.flatnonzero((terms.offset < lengths[terms.token]) & (terms.own | (share > _LEAST)))
     border = terms.border[at]
     over = _Front(
         border,
         places.contexts[border],
-        np.searchsorted(starts, places.offsets[border]) - 1,  # of the path's own token; others need none
+        places.holder[border],  # of the path's own token; others need none
         terms.token[at],
         terms.offset[at],
         share[at],
         terms.own[at],
         np.ones(len(at), bool),
     )
-    position = np.searchsorted(starts[:-1], places.offsets)
+    position = places.holder + 1
     begins = np.flatnonzero(np.append(starts[:-1], -1)[position] == places.offsets)
     here = _proposed(ground, history, begins, places.contexts[begins], position[begins], first=True)
     return _Front(
@@ -225,20 +223,20 @@ def _proposed(
 ) -> _Front:
     """All that is proposed at each of these positions, for these borders with these contexts."""
     proposals = ground.proposals
-    ids = proposals.ids[position]
-    weight = ground.path[position, None] + proposals.logprobs[position] - history[border][:, None]
-    own = np.arange(ids.shape[1]) == proposals.sampled[position, None]
-    share = np.exp(weight)
-    row, column = np.nonzero((ids >= 0) & (own | (share > _LEAST)))
+    sampled = proposals.sampled[position]
+    share = np.exp(proposals.weights[position] - history[border][:, None])
+    listed = share > _LEAST
+    listed[np.arange(len(position)), sampled] = True
+    row, column = np.nonzero(listed)
     count = len(row)
     return _Front(
         border[row],
         context[row],
         position[row],
-        ids[row, column],
+        proposals.ids[position[row], column],
         np.zeros(count, np.int64),
         share[row, column],
-        own[row, column],
+        column == sampled[row],
         np.full(count, first),
     )
 
@@ -290,22 +288,18 @@ def _fill(
 ) -> None:
     """Writes the sampled token of each row that is not masked and the likeliest others, descending.
 
-    `ids` are the others, each once in its row.
+    `rows` rise; `ids` are the others, each once in its row. Equal ones keep their order.
     """
-    room = found.ids.shape[1]
-    rank, order = _ranked(rows, logprobs)
-    order = order[rank < room - 1]
-    sampled = np.flatnonzero(found.mask)
-    rows, ids = np.concatenate([sampled, rows[order]]), np.concatenate([response.ids[sampled], ids[order]])
-    # In float32 as they are kept, so that they descend there too.
-    values = np.concatenate([found.logprob[sampled], logprobs[order].astype(np.float32)])
-    rank, order = _ranked(rows, values)
-    found.ids[rows[order], rank] = ids[order]
-    found.logprobs[rows[order], rank] = values[order]
-
-
-def _ranked(rows: Int64[np.ndarray, " X"], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An order by row and descending value, and the place of each in its row. Equal ones keep their order."""
-    order = np.lexsort((-values, rows))
-    in_order = rows[order]
-    return np.arange(len(rows)) - np.searchsorted(in_order, in_order), order
+    count, room = np.bincount(rows, minlength=len(response)), found.ids.shape[1]
+    column = np.arange(len(rows)) - (np.cumsum(count) - count)[rows]
+    others = np.full((len(response), count.max(initial=0)), -1, np.int32)
+    values = np.full(others.shape, -np.inf)
+    others[rows, column], values[rows, column] = ids, logprobs
+    likeliest = np.argsort(-values, axis=1, kind="stable")[:, : room - 1]
+    others, values = (np.take_along_axis(x, likeliest, axis=1) for x in (others, values))
+    # In float32 as they are kept, so that they descend there too. The sampled token is before its equals.
+    listed = np.column_stack([np.where(found.mask, response.ids, -1), others])
+    values = np.column_stack([np.where(found.mask, found.logprob, -np.inf), values]).astype(np.float32)
+    order = np.argsort(-values, axis=1, kind="stable")
+    found.ids[:, : listed.shape[1]] = np.take_along_axis(listed, order, axis=1)
+    found.logprobs[:, : listed.shape[1]] = np.take_along_axis(values, order, axis=1)

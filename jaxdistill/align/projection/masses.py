@@ -19,22 +19,19 @@ and that share, kappa of the term, is known as far as what follows v is known:
 - v is another token that ends at e. Nothing behind it is scored. If no student token holds the byte before e
   with any other behind it, the share is 1; else it is not known.
 
-`Cuts.at` says what decides. An undecided continuation counts `_UNDECIDED` if v reaches beyond e, and as one
-that is kept if v ends there: where one tokenizer ends a token, the other mostly does too. Terms of less than
-`_LEAST` of a border's mass, and next tokens of less probability than that, are not asked and count as kept.
-`guessed` says how far all this can go: it is 1 - least / most, with M once as if none of the unknown were a
-boundary and once as if all were. So (1 - guessed) * M and M / (1 - guessed) enclose the seen part of M.
+`Cuts.at` says what decides. An undecided continuation counts half if v reaches beyond e, and as one that is
+kept if v ends there: where one tokenizer ends a token, the other mostly does too. Terms of less than `_LEAST`
+of a border's mass, and next tokens of less probability than that, are not asked and count as kept. What the
+unknown counts as is an argument, `Unknown`: `bounds` asks for M with none and with all of it.
 
-What is in no term is given at the position whose token holds e: the tokens beyond the top-k as `unseen`,
-those that end before e as `shorter`.
+What is in no term is given at the position whose token holds e: the tokens beyond the top-k as `unseen`.
 
 Where the student's tokenizer would cut the response as it is cut up to e, M(e) is at least the probability of
 the whole path: log M is finite, whatever the top-k. On other cuts no string keeps h, and -inf can be true.
 Where both sides have one tokenizer, M is the path's own probability: the response's tokens are the teacher's.
 V = kappa = 1 at the start. Everything stays in logarithms, and V never grows along the response.
 
-Letters: R student tokens, S teacher tokens, J proposals at each, E borders, Q pairs of a proposal and a
-border it reaches, N continuations.
+Letters: R student tokens, E borders, Q pairs of a proposal and a border it reaches, N continuations.
 """
 
 from dataclasses import dataclass
@@ -43,12 +40,8 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 from jaxdistill.align.projection.cuts import Cuts
-from jaxdistill.align.projection.proposals import Symbols
-from jaxdistill.align.projection.terms import Ground, Places, Proposals, Terms, read_ground
-from jaxdistill.records import Alignment, TeacherScores, TokenSpans
+from jaxdistill.align.projection.terms import Ground
 
-_UNDECIDED = 0.5
-_ENDED = 1.0
 _LEAST = 1e-4
 _LEVELS = 4  # of the path's own tokens, behind which what follows is looked at
 
@@ -59,13 +52,9 @@ class Borders:
 
     `before[r]` and `after[r]` are the borders of student token r, -1 for a token that is not aligned, so that
     log p(token r | history) = log_m[after[r]] - log_m[before[r]]. `log_v` and `log_m` count what the top-k
-    show. `guessed` is the share of M that rests on what is not known to follow (see above). Of next-token
-    probability at the position whose token holds the border, `unseen` is the share beyond the top-k and
-    `shorter` that of other tokens that agree and end before the border. `log_m` is -inf where nothing seen
-    keeps the student's boundary: then V(e) * unseen is all that is left.
-
-    No run reads `guessed` and `shorter`. They say by how much M can be wrong, and the tests hold M to that in
-    worlds where it can be counted.
+    show. Of next-token probability at the position whose token holds the border, `unseen` is the share beyond
+    the top-k. `log_m` is -inf where nothing seen keeps the student's boundary: then V(e) * unseen is all that
+    is left.
     """
 
     before: Int32[np.ndarray, " R"]
@@ -73,183 +62,121 @@ class Borders:
     log_v: Float64[np.ndarray, " E"]
     log_m: Float64[np.ndarray, " E"]
     unseen: Float64[np.ndarray, " E"]
-    shorter: Float64[np.ndarray, " E"]
-    guessed: Float64[np.ndarray, " E"]
 
 
 @dataclass(frozen=True)
-class _Shares:
-    """What of each term or border is kept: as far as known at least and at most, and as it counts."""
+class Unknown:
+    """What share of the unknown counts as kept (0..1): where the answers differ, and where none is asked."""
 
-    least: Float64[np.ndarray, " _"]
-    most: Float64[np.ndarray, " _"]
-    value: Float64[np.ndarray, " _"]
+    undecided: float
+    unasked: float
 
 
-def border_masses(
-    student: TokenSpans,
-    scores: TeacherScores,
-    alignment: Alignment,
-    vocabulary: Symbols,
-    cuts: Cuts,
-) -> Borders:
-    """Teacher masses at the borders of one response. `vocabulary` are the teacher's `vocabulary_symbols`.
-
-    Linear in S * K and in the bytes on which proposals agree. Raises TeacherContractError without a top-k for
-    each teacher token.
-    """
-    return masses_of(read_ground(student, scores, alignment, vocabulary, cuts), cuts)
+_COUNTED = Unknown(undecided=0.5, unasked=1.0)
 
 
 def masses_of(ground: Ground, cuts: Cuts) -> Borders:
-    """Teacher masses at the borders of what was read."""
-    student, vocabulary = ground.student, ground.vocabulary
-    response, places, proposals, terms = ground.response, ground.places, ground.proposals, ground.terms
-    count = len(places.offsets)
-    log_v = _log_sums(terms.weight, terms.border, count)
-    if cuts.identical:
-        alone = terms.own.astype(np.float64)
-        shares = _Shares(alone, alone, alone)
-    else:
-        path_shares = _path_shares(student, places, response, proposals, cuts)
-        shares = _term_shares(terms, places, vocabulary, path_shares, log_v, cuts)
+    """Teacher masses at the borders of what was read. Linear in the terms."""
+    places = ground.places
+    log_v = _log_sums(ground.terms.weight, ground)
+    log_m = log_m_of(ground, log_v, cuts, _COUNTED)
+    unseen = np.append(ground.proposals.unseen, 0.0)[places.holder]
+    return Borders(places.before, places.after, log_v, log_m, unseen)
+
+
+def log_m_of(
+    ground: Ground, log_v: Float64[np.ndarray, " E"], cuts: Cuts, unknown: Unknown
+) -> Float64[np.ndarray, " E"]:
+    """log M at each border, with what is not known counted as `unknown` says."""
+    own = ground.terms.own
+    shares = own.astype(np.float64) if cuts.identical else _term_shares(ground, log_v, cuts, unknown)
     with np.errstate(divide="ignore"):
-        least, most, log_m = (
-            _log_sums(terms.weight + np.log(share), terms.border, count)
-            for share in (shares.least, shares.most, shares.value)
-        )
-    start = places.offsets == 0
-    log_v[start], log_m[start], least[start], most[start] = 0.0, 0.0, 0.0, 0.0
-    known = np.exp(np.where(np.isfinite(most), least - np.where(np.isfinite(most), most, 0.0), 0.0))
-    holder = np.searchsorted(response.starts, places.offsets) - 1
-    return Borders(
-        places.before,
-        places.after,
-        log_v,
-        log_m,
-        np.where(start, 0.0, np.append(proposals.unseen, 0.0)[holder]),
-        _shorter(places, vocabulary, response, proposals, ground.agreed, holder),
-        np.clip(1.0 - known, 0.0, 1.0),
-    )
+        return _log_sums(ground.terms.weight + np.log(shares), ground)
 
 
 def _term_shares(
-    terms: Terms,
-    places: Places,
-    vocabulary: Symbols,
-    path: _Shares,
-    log_v: Float64[np.ndarray, " E"],
-    cuts: Cuts,
-) -> _Shares:
-    """kappa of each term: the path's own tokens as `path` says, others by what is known of their bytes."""
+    ground: Ground, log_v: Float64[np.ndarray, " E"], cuts: Cuts, unknown: Unknown
+) -> Float64[np.ndarray, " Q"]:
+    """kappa of each term: the path's own tokens as `_path_shares` says, others by what is known of their
+    bytes."""
+    terms, contexts = ground.terms, ground.places.contexts
     border = terms.border
-    least, most, value = (
-        np.where(terms.own, share[border], 1.0) for share in (path.least, path.most, path.value)
-    )
-    ends_here = terms.offset == np.diff(vocabulary.starts)[terms.token]
+    known = np.where(cuts.always(contexts), 1.0, unknown.unasked)
+    shares = np.where(terms.own, _path_shares(ground, cuts, unknown)[border], known[border])
+    ends_here = terms.offset == ground.vocabulary.lengths[terms.token]
     large = terms.weight > log_v[border] + np.log(_LEAST)
-    # Unknown as long as nobody says otherwise.
-    unknown = ~terms.own & ~cuts.always(places.contexts)[border]
-    least[unknown] = 0.0
-    value[unknown] = _ENDED
     asked = np.flatnonzero(~terms.own & ~ends_here & large)
-    alone, going_on = cuts.at(places.contexts[border[asked]], terms.token[asked], terms.offset[asked])
-    least[asked] = alone & going_on
-    most[asked] = alone | going_on
-    value[asked] = np.where(alone == going_on, alone, _UNDECIDED)
-    return _Shares(least, most, value)
+    alone, going_on = cuts.at(contexts[border[asked]], terms.token[asked], terms.offset[asked])
+    shares[asked] = np.where(alone == going_on, alone, unknown.undecided)
+    return shares
 
 
-def _path_shares(
-    student: TokenSpans, places: Places, response: Symbols, proposals: Proposals, cuts: Cuts
-) -> _Shares:
+def _path_shares(ground: Ground, cuts: Cuts, unknown: Unknown) -> Float64[np.ndarray, " E"]:
     """kappa of the path's own token that holds each border."""
-    count, last = len(places.offsets), len(proposals.ids) - 1
-    least, most, value = np.ones(count), np.ones(count), np.ones(count)
-    holder = np.searchsorted(response.starts, places.offsets) - 1
-    token = proposals.ids[holder, proposals.sampled[holder]] if last >= 0 else np.zeros(count, np.int32)
-    offset = places.offsets - response.starts[holder]
-    rest = places.offsets < response.starts[holder + 1]
-    alone, going_on = cuts.at(places.contexts, token, offset)
-    open_ = (places.offsets > 0) & ~cuts.always(places.contexts) & ~(rest & alone & going_on)
-    # Behind the last token nothing is known.
-    least[open_ & (holder == last)] = 0.0
-    at = np.flatnonzero(open_ & (holder < last))
-    if len(at):
-        longer = places.contexts[at]
-        longer[rest[at]] = cuts.longer(longer[rest[at]], token[at][rest[at]], offset[at][rest[at]])
-        found = _next_shares(longer, proposals, holder[at] + 1, student, places, at, cuts, _LEVELS)
-        least[at], most[at], value[at] = found.least, found.most, found.value
-    return _Shares(least, most, value)
+    places, proposals, starts = ground.places, ground.proposals, ground.response.starts
+    shares, last = np.ones(len(places.holder)), len(proposals.ids) - 1
+    at = np.flatnonzero((places.holder >= 0) & ~cuts.always(places.contexts))
+    holder, contexts = places.holder[at], places.contexts[at]
+    token, offset = proposals.ids[holder, proposals.sampled[holder]], places.offsets[at] - starts[holder]
+    rest = places.offsets[at] < starts[holder + 1]
+    alone, going_on = cuts.at(contexts, token, offset)
+    open_ = ~(rest & alone & going_on)
+    shares[at[open_ & (holder == last)]] = unknown.unasked  # behind the last token nothing is known
+    on = open_ & (holder < last)
+    if on.any():
+        longer = on & rest
+        contexts[longer] = cuts.longer(contexts[longer], token[longer], offset[longer])
+        shares[at[on]] = _next_shares(ground, contexts[on], holder[on] + 1, at[on], cuts, unknown, _LEVELS)
+    return shares
 
 
 def _next_shares(
+    ground: Ground,
     contexts: Int32[np.ndarray, " N"],
-    proposals: Proposals,
     position: Int64[np.ndarray, " N"],
-    student: TokenSpans,
-    places: Places,
     border: Int64[np.ndarray, " N"],
     cuts: Cuts,
+    unknown: Unknown,
     levels: int,
-) -> _Shares:
+) -> Float64[np.ndarray, " N"]:
     """The share of the tokens seen at each position behind which the student cuts at a border.
 
     `contexts` are those of the borders with the rest of the path's own token. Where the path's own next token
     does not decide, those behind it do, `levels` tokens far, and in the end the response itself.
     """
-    ids, probability = proposals.ids[position], np.exp(proposals.logprobs[position])
+    proposals, places = ground.proposals, ground.places
+    ids, probability = proposals.ids[position], proposals.probabilities[position]
     sampled, rows = proposals.sampled[position], np.arange(len(position))
-    alone, going_on = np.zeros(ids.shape, bool), np.ones(ids.shape, bool)
-    asked = (ids >= 0) & (probability > _LEAST)
+    asked = probability > _LEAST
     asked[rows, sampled] = True
     at = np.nonzero(asked)
-    alone[at], going_on[at] = cuts.at(contexts[at[0]], ids[at], np.zeros(len(at[0]), np.int64))
-    undecided = np.where(asked & (alone != going_on), _UNDECIDED, alone | going_on)
-    shares = np.stack([alone & going_on, alone | going_on, undecided]).astype(np.float64)
-    open_ = shares[0][rows, sampled] == 0
+    alone, going_on = cuts.at(contexts[at[0]], ids[at], np.zeros(len(at[0]), np.int64))
+    shares = np.full(ids.shape, unknown.unasked)
+    shares[at] = np.where(alone == going_on, alone, unknown.undecided)
+    kept = np.zeros(ids.shape, bool)
+    kept[at] = alone & going_on
+    open_ = ~kept[rows, sampled]
     on = np.flatnonzero(open_ & (levels > 1) & (position + 1 < len(proposals.ids)))
     if len(on):
-        own = ids[on, sampled[on]]
-        longer = cuts.longer(contexts[on], own, np.zeros(len(on), np.int64))
-        found = _next_shares(
-            longer, proposals, position[on] + 1, student, places, border[on], cuts, levels - 1
+        longer = cuts.longer(contexts[on], ids[on, sampled[on]], np.zeros(len(on), np.int64))
+        shares[on, sampled[on]] = _next_shares(
+            ground, longer, position[on] + 1, border[on], cuts, unknown, levels - 1
         )
-        shares[:, on, sampled[on]] = found.least, found.most, found.value
         open_[on] = False
     own = np.flatnonzero(open_)
-    own = own[cuts.known(student, places.tokens[border[own]], places.contexts[border[own]])]
-    shares[:, own, sampled[own]] = 1.0
+    own = own[cuts.known(ground.student, places.tokens[border[own]], places.contexts[border[own]])]
+    shares[own, sampled[own]] = 1.0
     # The sampled token counts even where its probability is so small that it is none in float32.
     probability[rows, sampled] = np.maximum(probability[rows, sampled], np.finfo(np.float64).tiny)
-    return _Shares(*((probability * share).sum(axis=1) / probability.sum(axis=1) for share in shares))
+    return (probability * shares).sum(axis=1) / probability.sum(axis=1)
 
 
-def _shorter(
-    places: Places,
-    vocabulary: Symbols,
-    response: Symbols,
-    proposals: Proposals,
-    agreed: Int32[np.ndarray, "S J"],
-    holder: Int64[np.ndarray, " E"],
-) -> Float64[np.ndarray, " E"]:
-    """Probability of other tokens at the holder's position that agree and end before the border."""
-    if not len(proposals.ids):
-        return np.zeros(len(holder))
-    ids = proposals.ids[holder]
-    whole = (ids >= 0) & (agreed[holder] == np.diff(vocabulary.starts)[ids])
-    before = agreed[holder] < (places.offsets - response.starts[holder])[:, None]
-    shares = np.where(whole & before, np.exp(proposals.logprobs[holder]), 0.0).sum(axis=1)
-    return np.where(places.offsets > 0, np.minimum(shares, 1.0), 0.0)
-
-
-def _log_sums(
-    values: Float64[np.ndarray, " Q"], border: Int64[np.ndarray, " Q"], count: int
-) -> Float64[np.ndarray, " E"]:
-    """log of the sum of exp(value) at each border, -inf where there is none."""
+def _log_sums(values: Float64[np.ndarray, " Q"], ground: Ground) -> Float64[np.ndarray, " E"]:
+    """log of the sum of exp(value of a term) at each border, -inf where there is none; 0 at the start."""
+    border, count = ground.terms.border, len(ground.places.offsets)
     top = np.full(count, -np.inf)
     np.maximum.at(top, border, values)
     safe = np.where(np.isfinite(top), top, 0.0)
     sums = np.bincount(border, weights=np.exp(values - safe[border]), minlength=count)
     with np.errstate(divide="ignore"):
-        return np.log(sums) + safe
+        return np.where(ground.places.offsets == 0, 0.0, np.log(sums) + safe)

@@ -31,15 +31,13 @@ class Memory:
     def get(self, keys: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
         """The value of each key, -1 where it is not known."""
         slots = self._home(keys)
-        values = np.full(len(keys), -1, np.int64)
-        pending = np.arange(len(keys))
+        held = self._keys[slots]
+        pending = np.flatnonzero((held != keys) & (held != _EMPTY))
         while len(pending):
-            held = self._keys[slots[pending]]
-            found = held == keys[pending]
-            values[pending[found]] = self._values[slots[pending[found]]]
-            pending = pending[~found & (held != _EMPTY)]
             slots[pending] = (slots[pending] + 1) & (len(self._keys) - 1)
-        return values
+            held[pending] = others = self._keys[slots[pending]]
+            pending = pending[(others != keys[pending]) & (others != _EMPTY)]
+        return np.where(held == keys, self._values[slots], -1)
 
     def put(self, keys: Int64[np.ndarray, " N"], values: Int64[np.ndarray, " N"]) -> None:
         """Remembers keys that are new and differ from each other."""

@@ -8,6 +8,7 @@ Letters: N tokens, Y symbols, S teacher tokens of the response, K proposals at e
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -26,9 +27,14 @@ class Symbols:
     symbols: Int32[np.ndarray, " Y"]
     starts: Int64[np.ndarray, " N1"]
 
-    @property
+    @cached_property
     def lengths(self) -> Int64[np.ndarray, " N"]:
         return np.diff(self.starts)
+
+    @cached_property
+    def first(self) -> Int32[np.ndarray, " N"]:
+        """The symbol that each token begins with."""
+        return self.symbols[self.starts[:-1]]
 
 
 def symbols_of(spans: TokenSpans) -> Symbols:
@@ -62,23 +68,22 @@ def agree(
 
     Raises TeacherContractError for an id outside the vocabulary.
     """
-    ids = proposed.reshape(-1).astype(np.int64)
     count = len(vocabulary.starts) - 1
-    if ids.size and (ids.min() < -1 or ids.max() >= count):
+    if proposed.size and (proposed.min() < -1 or proposed.max() >= count):
         raise TeacherContractError(
-            f"the teacher proposes token ids from {ids.min()} to {ids.max()}, its vocabulary has {count}; "
-            "is its tokenizer the served model's own?"
+            f"the teacher proposes token ids from {proposed.min()} to {proposed.max()}, its vocabulary has "
+            f"{count}; is its tokenizer the served model's own?"
         )
-    place = np.repeat(response.starts[:-1], proposed.shape[1])
-    begin = vocabulary.starts[ids]
-    length = np.where(ids < 0, 0, vocabulary.starts[ids + 1] - begin)
-    limit = np.minimum(length, len(response.symbols) - place)
-    agreed = np.zeros(len(ids), np.int32)
-    active = np.flatnonzero(limit > 0)
-    done = 0
+    same = (vocabulary.first[proposed] == response.first[:, None]) & (proposed >= 0)
+    agreed = same.astype(np.int32)
+    row, column = np.nonzero(same)
+    ids = proposed[row, column]
+    begin, place, done = vocabulary.starts[ids], response.starts[row], 1
+    limit = np.minimum(vocabulary.lengths[ids], len(response.symbols) - place)
+    active = np.flatnonzero(limit > done)
     while len(active):
         same = vocabulary.symbols[begin[active] + done] == response.symbols[place[active] + done]
         active, done = active[same], done + 1
-        agreed[active] = done
+        agreed[row[active], column[active]] = done
         active = active[limit[active] > done]
-    return agreed.reshape(proposed.shape)
+    return agreed

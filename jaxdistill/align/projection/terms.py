@@ -33,21 +33,25 @@ from jaxdistill.records import Alignment, TeacherScores, TokenSpans
 
 @dataclass(frozen=True)
 class Places:
-    """The borders, rising: teacher symbol offsets, how many student tokens stand before, and the context."""
+    """The borders, rising: teacher symbol offsets, the teacher token that holds each (the last that begins
+    before it, -1 at the start), how many student tokens stand before, and the context."""
 
     before: Int32[np.ndarray, " R"]
     after: Int32[np.ndarray, " R"]
     offsets: Int64[np.ndarray, " E"]
+    holder: Int64[np.ndarray, " E"]
     tokens: Int64[np.ndarray, " E"]
     contexts: Int32[np.ndarray, " E"]
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Top-k with the sampled token: its column at each position, and the probability beyond them all."""
+    """Top-k with the sampled token: its column at each position, and the probability beyond them all. An id
+    of -1 has no probability."""
 
     ids: Int32[np.ndarray, "S J"]
-    logprobs: Float64[np.ndarray, "S J"]
+    weights: Float64[np.ndarray, "S J"]  # log P(j) p(v)
+    probabilities: Float64[np.ndarray, "S J"]  # p(v)
     sampled: Int64[np.ndarray, " S"]
     unseen: Float64[np.ndarray, " S"]
 
@@ -72,8 +76,9 @@ def _places(student: TokenSpans, teacher: Symbols, alignment: Alignment, cuts: C
     unique, inverse = np.unique(keys, return_inverse=True)
     before, after = (np.full(len(student), -1, np.int32) for _ in range(2))
     before[tokens], after[tokens] = inverse[: len(tokens)], inverse[len(tokens) :]
-    count = unique % width
-    return Places(before, after, unique // width, count, cuts.contexts(student)[count])
+    offsets, count = np.divmod(unique, width)
+    holder = np.searchsorted(teacher.starts, offsets) - 1
+    return Places(before, after, offsets, holder, count, cuts.contexts(student)[count])
 
 
 def known_proposals(
@@ -100,7 +105,9 @@ def known_proposals(
     )
 
 
-def _with_sampled(scores: TeacherScores, end_of_turn: int | None) -> Proposals:
+def _with_sampled(
+    scores: TeacherScores, end_of_turn: int | None, path: Float64[np.ndarray, " S1"]
+) -> Proposals:
     """What is known to be proposed, with the sampled token added where it is missing."""
     ids, logprobs = known_proposals(scores, end_of_turn)
     sampled = scores.response.ids[:, None]
@@ -108,8 +115,10 @@ def _with_sampled(scores: TeacherScores, end_of_turn: int | None) -> Proposals:
     extra = np.where(missing, scores.logprobs[:, None].astype(np.float64), -np.inf)
     all_logprobs = np.concatenate([logprobs, extra], axis=1)
     all_ids = np.concatenate([ids, np.where(missing, sampled, -1)], axis=1).astype(np.int32)
-    unseen = np.clip(1.0 - np.exp(all_logprobs).sum(axis=1), 0.0, 1.0)
-    return Proposals(all_ids, all_logprobs, (all_ids == sampled).argmax(axis=1), unseen)
+    probabilities = np.exp(all_logprobs)
+    unseen = np.clip(1.0 - probabilities.sum(axis=1), 0.0, 1.0)
+    weights = path[:-1, None] + all_logprobs
+    return Proposals(all_ids, weights, probabilities, (all_ids == sampled).argmax(axis=1), unseen)
 
 
 @dataclass(frozen=True)
@@ -128,19 +137,16 @@ def _terms(
     response: Symbols,
     proposals: Proposals,
     agreed: Int32[np.ndarray, "S J"],
-    weights: Float64[np.ndarray, "S J"],
 ) -> Terms:
-    ids = proposals.ids
-    begin = np.broadcast_to(response.starts[:-1, None], ids.shape)
-    chosen = np.flatnonzero((agreed > 0) & np.isfinite(weights))
-    begin, token = begin.reshape(-1)[chosen], ids.reshape(-1)[chosen]
-    low = np.searchsorted(places.offsets, begin, side="right")
-    high = np.searchsorted(places.offsets, begin + agreed.reshape(-1)[chosen], side="right")
-    counts = high - low
+    row, column = np.nonzero((agreed > 0) & np.isfinite(proposals.weights))
+    begin, token, own = response.starts[row], proposals.ids[row, column], column == proposals.sampled[row]
+    borders_up_to = np.searchsorted(places.offsets, np.arange(len(response.symbols) + 1), side="right")
+    low = borders_up_to[begin]
+    counts = borders_up_to[begin + agreed[row, column]] - low
     border = np.repeat(low - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-    own = (np.arange(ids.shape[1]) == proposals.sampled[:, None]).reshape(-1)[chosen]
-    token, weight, own = (np.repeat(x, counts) for x in (token, weights.reshape(-1)[chosen], own))
-    return Terms(border, token, places.offsets[border] - np.repeat(begin, counts), weight, own)
+    weight = proposals.weights[row, column]
+    begin, token, weight, own = (np.repeat(x, counts) for x in (begin, token, weight, own))
+    return Terms(border, token, places.offsets[border] - begin, weight, own)
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,16 @@ def read_ground(
     vocabulary: Symbols,
     cuts: Cuts,
 ) -> Ground:
-    """The borders of a response and the sum's terms at each. Arguments and errors as `border_masses`."""
-    proposals = _with_sampled(scores, cuts.end_of_turn)
+    """The borders of one response and the sum's terms at each. `vocabulary` are the teacher's
+    `vocabulary_symbols`.
+
+    Linear in S * J and in the bytes on which proposals agree. Raises TeacherContractError without a top-k for
+    each teacher token, or with ids outside the vocabulary.
+    """
+    path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
+    proposals = _with_sampled(scores, cuts.end_of_turn, path)
     response = symbols_of(scores.response)
     places = _places(student, response, alignment, cuts)
     agreed = agree(vocabulary, proposals.ids, response)
-    path = np.concatenate([np.zeros(1), np.cumsum(scores.logprobs, dtype=np.float64)])
-    terms = _terms(places, response, proposals, agreed, path[:-1, None] + proposals.logprobs)
+    terms = _terms(places, response, proposals, agreed)
     return Ground(student, vocabulary, response, places, proposals, agreed, path, terms)

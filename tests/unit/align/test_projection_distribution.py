@@ -315,6 +315,21 @@ def test_a_token_that_nothing_seen_leads_to_has_the_unseen_mass(pieces: Pieces) 
         np.testing.assert_allclose(listed(found, 0)[whole], seen, atol=1e-6)
 
 
+def test_nothing_is_listed_beside_a_token_that_takes_all(bpe: Make, worlds: ModuleType) -> None:
+    """Half of what is undecided counts before the second space and all behind it: its log p comes out above
+    0, and is clipped."""
+    space = "\u0120"
+    student = bpe(worlds.SPACED, [(space, space)])
+    teacher = bpe(worlds.SPACED, [(space, "b"), (space, space)])
+    response, scored = student.encode("  b"), teacher.encode("  b")
+    ids = np.asarray([[teacher.encode(piece).ids[0] for piece in row] for row in ((" ", "  "), (" b", "b"))])
+    logprobs = np.log(np.asarray([[0.15, 0.7], [0.4, 0.4]], np.float32))
+    scores = TeacherScores(scored, logprobs[:, 0], "t", "0", ids, logprobs)
+    found = Projector(student, teacher, candidates=4)(response, scores, align(response, scored))
+    check(found, response, 4)
+    assert found.logprob[1] == 0 and listed(found, 1) == {int(response.ids[1]): 1.0}
+
+
 def test_what_has_no_scores_or_does_not_align_is_masked(tokenizers: dict[str, Tokenizer]) -> None:
     student, teacher = tokenizers["chatml"], tokenizers["llama3"]
     projector = Projector(student, teacher, candidates=5)
