@@ -55,7 +55,7 @@ def test_a_response_ends_with_the_token_that_completes_a_string(tokenizer, data)
 def test_the_samplers_responses_end_there_and_are_the_same_until_then(tokenizer):
     mesh = make_mesh(MeshConfig())
     graphdef, params = nnx.split(load_decoder(TOY, mesh=mesh), nnx.Param)
-    prompt = Prompt([{"role": "user", "content": "What is 12 plus 30?"}], 0, "test")
+    prompt = Prompt([{"role": "user", "content": "12 + 30?"}], 0, "test")
 
     def sample(stop):
         config = RolloutConfig(max_prompt_tokens=32, max_new_tokens=24, stop=stop)
