@@ -65,6 +65,7 @@ def pack(
         "response_mask": np.zeros(shape, bool),
         "loss_mask": np.zeros(shape, bool),
         "behavior_logprobs": np.zeros(shape, np.float32),
+        "model_logprobs": np.zeros(shape, np.float32),
         "chunk_of_token": np.full(shape, -1, np.int32),
         "teacher_logprob": np.zeros(shape, np.float32),
         "policy_version": np.zeros(rows, np.int32),
@@ -82,6 +83,7 @@ def pack(
         arrays["tokens"][part] = rollout.response.ids
         arrays["response_mask"][part] = True if rollout.assistant_mask is None else rollout.assistant_mask
         arrays["behavior_logprobs"][part] = rollout.logprobs
+        arrays["model_logprobs"][part] = rollout.own_logprobs
         arrays["policy_version"][row] = rollout.policy_version
         arrays["origin"][row] = ORIGINS[rollout.origin]
         arrays["weight"][row] = rollout.weight * (1.0 if target is None else target.weight)

@@ -73,7 +73,7 @@ class RunConfig(StrictConfig):
     def _consistent(self) -> "RunConfig":
         self._check_teachers()
         self._check_rows()
-        self.objective.check_temperature(self.rollout.temperature)
+        self.objective.check_sampling(self.rollout.off_policy)
         self._check_reward()
         return self
 

@@ -98,8 +98,9 @@ class ObjectiveSettings(StrictConfig):
         """Raise `ValueError` if the objective has nothing to learn from where each origin answers at most its
         share of the prompts; `given`: `rollout.origins` says so, and no setting of the objective may too."""
 
-    def check_temperature(self, temperature: float) -> None:
-        """Raise `ValueError` if the objective means nothing for rows sampled at `temperature`."""
+    def check_sampling(self, off_policy: Mapping[str, float]) -> None:
+        """Raise `ValueError` if the objective means nothing for rows that are not drawn from the student's
+        own distribution; `off_policy`: the settings of `rollout` that make them so, empty where they are."""
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,18 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.students.architecture import DecoderConfig, LayerKind
 from jaxdistill.students.attention import cached_attention, causal_attention, soft_cap
+from jaxdistill.students.cache import Cache, restored, stored, written
 from jaxdistill.students.experts import Load, load
 from jaxdistill.students.layer import LayerParams, Turns, layer, layer_shapes, rms_norm
 from jaxdistill.students.rotary import turns
 
 
-class Cache(NamedTuple):
-    """Keys and values of the positions read so far: one pair of [B, S, K, E] buffers per layer."""
+class Weights(NamedTuple):
+    """What a decoding step multiplies with, in the compute dtype: each layer's arrays by themselves, and the
+    output embedding. Made once for many steps (`Decoder.weights`)."""
 
-    keys: tuple[Float[Array, "B S K E"], ...]
-    values: tuple[Float[Array, "B S K E"], ...]
+    layers: tuple[LayerParams, ...]
+    output_embedding: Float[Array, "V D"]
 
 
 class Layers(nnx.Module):
@@ -88,11 +90,11 @@ class Decoder(nnx.Module):
         table = self.embedding if self.config.tied_embeddings else self.head
         return table[...].astype(self.compute_dtype)
 
-    def logits(self, hidden: Float[Array, "*N D"]) -> Float32[Array, "*N V"]:
-        """The logits of a few hidden states; for whole batches there is the tiled head."""
-        product = jnp.einsum(
-            "...d,vd->...v", hidden, self.output_embedding, preferred_element_type=jnp.float32
-        )
+    def logits(self, hidden: Float[Array, "*N D"], weights: Weights | None = None) -> Float32[Array, "*N V"]:
+        """The logits of a few hidden states; for whole batches there is the tiled head. `weights` saves
+        making the output embedding."""
+        table = self.output_embedding if weights is None else weights.output_embedding
+        product = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return soft_cap(product, self.config.logit_softcap)
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -109,20 +111,42 @@ class Decoder(nnx.Module):
         return hidden, None if self.config.experts is None else jax.tree.map(lambda *x: jnp.stack(x), *loads)
 
     def prefill(
-        self, tokens: Int32[Array, "B T"], lengths: Int32[Array, " B"], capacity: int
+        self,
+        tokens: Int32[Array, "B T"],
+        lengths: Int32[Array, " B"],
+        capacity: int,
+        kv_dtype: Any = None,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Read right-padded prompts; return the hidden state of each last token and a cache of
         `capacity` slots per row, of which the first T hold the prompt (pads included: `decode`
-        is told which slots are real)."""
+        is told which slots are real). `kv_dtype` is what the cache is kept in (see `cache.stored`), None for
+        the compute dtype."""
         hidden, made = self._read(tokens, keep=True)
+        dtype = self.compute_dtype if kv_dtype is None else kv_dtype
         room = [(0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0)]
         pairs = [pair for pair, _ in made]
-        keys, values = (tuple(jnp.pad(x, room) for x in side) for side in zip(*pairs, strict=True))
+        keys, values = (
+            tuple(stored(jnp.pad(x, room), dtype) for x in side) for side in zip(*pairs, strict=True)
+        )
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return last, Cache(keys, values)
 
+    def weights(self) -> Weights:
+        """The weights as `decode` reads them.
+
+        One copy of the layers, which pays for itself in the second step: compilers copy a slice of the
+        stacked arrays before they multiply with it, every layer in every step.
+        """
+        stacked = self._layer_params()
+        layers = (
+            jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+            for index in range(self.config.num_layers)
+        )
+        return Weights(tuple(layers), self.output_embedding)
+
     def decode(
         self,
+        weights: Weights,
         tokens: Int32[Array, " B"],
         positions: Int32[Array, " B"],
         slot: Int32[Array, ""],
@@ -137,16 +161,15 @@ class Decoder(nnx.Module):
         c = self.config
         turned = self._turns(positions[:, None])
         x = self._embed(tokens[:, None])
-        stacked = self._layer_params()
         keys, values = list(cache.keys), list(cache.values)
 
         def attend(index: int, kind: LayerKind, query: Array, key: Array, value: Array) -> Array:
-            keys[index] = jax.lax.dynamic_update_slice_in_dim(keys[index], key, slot, axis=1)
-            values[index] = jax.lax.dynamic_update_slice_in_dim(values[index], value, slot, axis=1)
-            return cached_attention(c, kind, query, keys[index], values[index], positions, slot_positions)
+            keys[index] = written(keys[index], key, slot)
+            values[index] = written(values[index], value, slot)
+            read = (restored(side[index], query.dtype) for side in (keys, values))
+            return cached_attention(c, kind, query, *read, positions, slot_positions)
 
-        for index, kind in enumerate(c.layers):
-            params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+        for index, (kind, params) in enumerate(zip(c.layers, weights.layers, strict=True)):
             x, _ = layer(c, kind, params, x, turned, partial(attend, index, kind), self._mesh)
         return rms_norm(x[:, 0], self.final_norm[...], c), Cache(tuple(keys), tuple(values))
 

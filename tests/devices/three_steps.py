@@ -16,10 +16,11 @@ from flax import nnx
 
 from jaxdistill.batch import Batch
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
+from jaxdistill.metrics import CompileCounter
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings, place_batch
 from jaxdistill.parallel.rules import rows_sharding
-from jaxdistill.samplers import generate
+from jaxdistill.samplers import Generator, sampling_params
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.students import Decoder, load_decoder, parse_config
 
@@ -66,26 +67,25 @@ def make_batch(seed: int) -> Batch:
     )
 
 
-def sample(graphdef, params, mesh) -> np.ndarray:
-    """16 prompts of different lengths, two samples each: ids [32, 6]."""
+def sample(graphdef, params, mesh) -> tuple[np.ndarray, int]:
+    """16 prompts of different lengths, two samples each, in segments that rows leave: ids [32, 24], and how
+    many programs the second of two calls compiled."""
     tokens = np.random.default_rng(9).integers(0, 64, (16, 5)).astype(np.int32)
     lengths = (1 + np.arange(16) % 5).astype(np.int32)
+    generator = Generator(graphdef, mesh=mesh, ahead=True, segment=6)
+    split = jax.jit(lambda key: jax.random.split(key, 32), out_shardings=rows_sharding(mesh))
+    compiles = CompileCounter()
 
-    @jax.jit
-    def run(params, tokens, lengths):
-        keys = jax.random.split(jax.random.key(4), 32)
-        return generate(
-            nnx.merge(graphdef, params),
-            tokens,
-            lengths,
-            keys,
-            samples=2,
-            max_new_tokens=6,
-            temperature=np.float32(1.0),
-            stop_ids=(3,),
-        )
+    def draw(limits: np.ndarray) -> np.ndarray:
+        keys = split(jax.random.key(4))
+        limits = limits.astype(np.int32)
+        settings = {"samples": 2, "max_new_tokens": 24, "stop_ids": (3,)}
+        return generator(params, tokens, lengths, limits, keys, sampling_params(1.0), **settings).tokens
 
-    return np.asarray(run(params, *place_batch((tokens, lengths), mesh)).tokens)
+    draw(np.full(16, 24))
+    before = compiles.programs
+    drawn = draw(np.where(np.arange(16) % 5 == 0, 24, 6))  # most leave after one segment
+    return drawn, compiles.programs - before
 
 
 def largest_gathered(program: str) -> int:
@@ -114,7 +114,7 @@ def main(model: str, sizes: str, out: str) -> None:
     for number in range(3):
         state, metrics = compiled(state, place_batch(make_batch(number), mesh))
         losses.append([metrics[name].value for name in ("loss", "router_balance") if name in metrics])
-    sampled = sample(graphdef, state.params, mesh)
+    sampled, sampler_recompiles = sample(graphdef, state.params, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in leaves)
     loaded = nnx.state(load_decoder(PARITY / CHECKPOINTS[model], mesh=mesh), nnx.Param)
@@ -124,6 +124,7 @@ def main(model: str, sizes: str, out: str) -> None:
         out,
         losses=np.array(losses),
         sampled=sampled,
+        sampler_recompiles=np.array(sampler_recompiles),
         devices=np.array(len(jax.devices())),
         sharded_parameters=np.array(sharded),
         largest_gathered=np.array(largest_gathered(compiled.as_text())),

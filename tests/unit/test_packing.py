@@ -1,5 +1,7 @@
 """Ragged records into static shapes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,16 @@ def test_each_row_holds_its_prompt_then_its_response_and_nothing_else():
     assert not batch.loss_mask[1].any() and batch.response_mask[1].sum() == 1
     np.testing.assert_array_equal(batch.weight, [1, 1, 0])
     assert not batch.response_mask[2].any()
+
+
+def test_what_the_model_gave_a_token_is_kept_beside_what_it_was_drawn_with():
+    row = rollout(3, 2)
+    batch = pack(
+        [row, replace(row, model_logprobs=np.array([-1, -2], np.float32))], [None, None], buckets=[8], rows=2
+    )
+    np.testing.assert_array_equal(batch.behavior_logprobs[:, 3:6], [[-0.5, -0.5, 0]] * 2)
+    assert batch.model_logprobs is not None
+    np.testing.assert_array_equal(batch.model_logprobs[:, 3:6], [[-0.5, -0.5, 0], [-1, -2, 0]])
 
 
 def test_a_row_beyond_the_largest_bucket_is_named_with_the_remedy():
