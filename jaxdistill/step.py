@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int32, Shaped
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.losses import LossOutput, Objective, Prepared, evaluate_objective
-from jaxdistill.parallel.rules import param_shardings, row_shards
+from jaxdistill.parallel.rules import param_shardings
 from jaxdistill.students.decoder import Decoder
 from jaxdistill.students.experts import load_balance
 
@@ -85,7 +85,7 @@ def make_train_step(
             hidden,
             decoder.output_embedding,
             softcap=decoder.config.logit_softcap,
-            row_shards=row_shards(mesh),
+            mesh=mesh,
         )
         value = jnp.asarray(out.objective.total / out.objective.weight)  # the whole batch's weight
         if load is not None:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.students.architecture import DecoderConfig, LayerKind
 from jaxdistill.students.attention import cached_attention, causal_attention, soft_cap
+from jaxdistill.students.embedding import look_up
 from jaxdistill.students.experts import Load, load
 from jaxdistill.students.layer import LayerParams, Turns, layer, layer_shapes, rms_norm
 from jaxdistill.students.rotary import turns
@@ -180,9 +181,7 @@ class Decoder(nnx.Module):
         }
 
     def _embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Rows are taken in float32 and cast after: the other order adds up the gradients of a frequent
-        # token in bfloat16, where a sum stops growing at 256 ones.
-        x = self.embedding[...][tokens].astype(self.compute_dtype)
+        x = look_up(self.embedding[...], tokens, self.compute_dtype, self._mesh)
         if self.config.embedding_scale != 1.0:
             # Rounded to the compute dtype first, as the reference does.
             x = x * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
