@@ -9,19 +9,18 @@ adds others; --out writes all measurements with a description of the machine.
 
 import argparse
 import json
-import os
-import platform
 import random
 import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import cpu_seconds, figure, finish
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -95,17 +94,6 @@ def stream(tokenizer: Tokenizer, tokens: int, seed: int) -> TokenSpans:
         parts.append(random_lines.choice(hard if random_lines.random() < 0.05 else lines))
         size += len(parts[-1])
     return tokenizer.spans(tokenizer.encode("".join(parts)).ids[:tokens])
-
-
-def cpu_seconds(work: Callable[[], object], *, repeats: int, rounds: int = 7) -> float:
-    """The least CPU time of one call over the rounds; others on the machine only ever add to it."""
-    best = float("inf")
-    for _ in range(rounds):
-        begin = time.process_time()
-        for _ in range(repeats):
-            work()
-        best = min(best, (time.process_time() - begin) / repeats)
-    return best
 
 
 def exponent(values: Sequence[float]) -> float:
@@ -186,45 +174,6 @@ def host_path(pair: Pair) -> dict[str, Any]:
         "parts": shown,
         "tokens_per_second": round(tokens / total),
         "encode_over_align": round(best["encode"] / best["align"], 1),
-    }
-
-
-def figure(name: str, value: float, unit: str, limit: float | None, *, least: bool = False) -> dict[str, Any]:
-    shown = float(f"{value:.4g}")
-    if limit is None:
-        return {"name": name, "value": shown, "unit": unit}
-    holds = value >= limit if least else value <= limit
-    return {
-        "name": name,
-        "value": shown,
-        "unit": unit,
-        "at_least" if least else "at_most": limit,
-        "ok": holds,
-    }
-
-
-def finish(rows: Sequence[dict[str, Any]], out: Path | None) -> int:
-    """Write the rows to `out` where one is named; the exit code: 1 where a limit is missed."""
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine(), "measurements": rows}, indent=1) + "\n")
-    return 0 if all(row.get("ok", True) for row in rows) else 1
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_1_minute": round(os.getloadavg()[0], 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
     }
 
 

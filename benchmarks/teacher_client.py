@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from align import cpu_seconds, figure, finish
+from measure import cpu_seconds, figure, finish
 
 from jaxdistill.records import Unscored
 from jaxdistill.teachers.checks import (

@@ -1,0 +1,113 @@
+"""Loading a student: bytes a second from a checkpoint into device memory, beside reading the files alone.
+
+`python benchmarks/load.py [--model DIR] [--out FILE]`
+
+Without --model a model of SmolLM2-135M's shape with random weights is written first, in float32 and in
+bfloat16. Both sides find the files in the system's cache, and take turns; CPU seconds are the least of the
+rounds. The peer copies every file into memory once, the limit is that loading takes at most `MOST` times as
+long: each weight is read, turned (kernels are stored [out, in]) and handed to the device. `peak` is the host
+memory loading took beyond the parameters themselves.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from measure import figure, finish
+
+from jaxdistill.parallel import MeshConfig, make_mesh
+from jaxdistill.students import Decoder, load_decoder, parse_config, save_decoder
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048, "rope_theta": 1e5, "tie_word_embeddings": True, "hidden_act": "silu",
+}  # fmt: skip
+ROUNDS = 5
+MOST = 4.0
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """Model folders of random weights by the dtype they are stored in."""
+    source = folder / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(CONFIG))
+    decoder = Decoder(parse_config(CONFIG, "this benchmark"), rngs=nnx.Rngs(0))
+    folders = {"float32": folder / "float32", "bfloat16": folder / "bfloat16"}
+    save_decoder(decoder, folders["float32"], source=source)
+    save_decoder(decoder, folders["bfloat16"], source=source, dtype="bfloat16")
+    return folders
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """(CPU, wall) of one call."""
+    begin, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - begin
+
+
+def measure(name: str, model: Path) -> dict[str, Any]:
+    """One folder loaded and read in turns."""
+    files = sorted(model.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    mesh = make_mesh(MeshConfig())
+
+    def load() -> None:
+        jax.block_until_ready(nnx.state(load_decoder(model, mesh=mesh), nnx.Param))
+
+    def read() -> None:
+        for file in files:
+            np.fromfile(file, np.uint8)
+
+    read()
+    before = peak()
+    load()
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(load_decoder(model, mesh=mesh))))
+    extra = peak() - before - parameters
+    rounds = [(*seconds(load), *seconds(read)) for _ in range(ROUNDS)]
+    load_cpu, load_wall, read_cpu, read_wall = np.min(rounds, axis=0).tolist()
+    return {
+        **figure(
+            f"load_{name}_ratio", load_cpu / read_cpu, "CPU seconds of loading over those of reading", MOST
+        ),
+        "file_bytes": size,
+        "load_bytes_per_second": round(size / load_wall),
+        "read_bytes_per_second": round(size / read_wall),
+        "load_cpu_seconds": round(load_cpu, 3),
+        "read_cpu_seconds": round(read_cpu, 3),
+        "peak_extra_bytes": max(extra, 0),
+    }
+
+
+def peak() -> int:
+    """The most memory this process has held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="a model folder of your own")
+    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
+    arguments = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as made:
+        own = {arguments.model.name: arguments.model} if arguments.model else write_models(Path(made))
+        for name, folder in own.items():
+            rows.append({"benchmark": "load", **measure(name, folder)})
+            print(json.dumps(rows[-1]), flush=True)
+    return finish(rows, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
