@@ -45,9 +45,14 @@ def state_shapes(decoder: Decoder, optimizer: optax.GradientTransformation, mesh
     def is_moment(node: Any) -> bool:
         return jax.tree.structure(node) == structure
 
+    def beside(leaf: Any, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A scale for each row of a parameter has a last axis of 1, which nothing splits.
+        spec = [axes if n > 1 else None for n, axes in zip(leaf.shape, param.sharding.spec, strict=True)]
+        return shape(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
     # Moments lie where the parameters they follow lie; counters lie everywhere.
     opt_state = jax.tree.map(
-        lambda node: params if is_moment(node) else shape(node, replicated),
+        lambda node: jax.tree.map(beside, node, params) if is_moment(node) else shape(node, replicated),
         jax.eval_shape(optimizer.init, params),
         is_leaf=is_moment,
     )
