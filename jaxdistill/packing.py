@@ -4,7 +4,7 @@ Letters: B rows, T padded length, R response tokens, K proposals.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ _PARTS: Mapping[Part, type] = {
     "end": BatchEndOfTurn,
 }
 _FILL = {"ids": -1, "student_ids": -1, "logprobs": -np.inf}  # elsewhere zero
+_DTYPES = {"mask": bool, "floored": bool, "ids": np.int32, "student_ids": np.int32}  # elsewhere float32
 
 
 class ShapesConfig(StrictConfig):
@@ -97,6 +98,21 @@ def pack(
         parts = [None if target is None else getattr(target, name) for target in targets]
         arrays[name] = _part(kind, parts, starts, shape)
     return Batch(**arrays)
+
+
+def blank(rows: int, length: int, parts: Mapping[Part, int]) -> Batch:
+    """Rows of padding alone, with the optional `parts`, each with K entries a state where it lists some: the
+    shapes of any batch of this size."""
+
+    def part(kind: type, entries: int) -> Any:
+        arrays = {}
+        for name in (field.name for field in fields(kind)):
+            shape = (rows, length, entries) if name in _FILL else (rows, length)
+            arrays[name] = np.full(shape, _FILL.get(name, 0), _DTYPES.get(name, np.float32))
+        return kind(**arrays)
+
+    batch = pack([], [], buckets=[length], rows=rows)
+    return replace(batch, **{name: part(_PARTS[name], entries) for name, entries in parts.items()})
 
 
 def _part(kind: type, parts: Sequence[Any], starts: Sequence[int], shape: tuple[int, int]) -> Any:

@@ -11,7 +11,7 @@ in a group, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,12 @@ from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.students.architecture import DecoderConfig, LayerKind
 from jaxdistill.students.attention import cached_attention, causal_attention, soft_cap
 from jaxdistill.students.cache import Cache, restored, stored, written
+from jaxdistill.students.embedding import look_up
 from jaxdistill.students.experts import Load, load
 from jaxdistill.students.layer import LayerParams, Turns, layer, layer_shapes, rms_norm
 from jaxdistill.students.rotary import turns
+
+Remat = Literal["layer", "dots", "none"]
 
 
 class Weights(NamedTuple):
@@ -55,8 +58,9 @@ class Decoder(nnx.Module):
     """Token ids in, final-normed hidden states out; the vocabulary product is left to the head.
 
     Rows are right-padded and attention is causal, so padding never reaches a real position and needs
-    no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in, and
-    `activation_sharding` where rows of activations [B, T, D] lie.
+    no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in,
+    `activation_sharding` where rows of activations [B, T, D] lie, and `remat` what of a layer is kept for
+    the backward pass (`scan_layers`).
     """
 
     def __init__(
@@ -66,10 +70,12 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         compute_dtype: Any = jnp.float32,
         activation_sharding: NamedSharding | None = None,
+        remat: Remat = "layer",
     ):
         self.config = config
         self.compute_dtype = compute_dtype
         self.activation_sharding = activation_sharding
+        self.remat: Remat = remat
         table = (config.vocab_size, config.hidden_size)
         scale = config.hidden_size**-0.5
         self.embedding = nnx.Param(
@@ -192,7 +198,7 @@ class Decoder(nnx.Module):
             loaded = None if routing is None or real is None else load(routing, real)
             return self._rows(x), (made[0], loaded)
 
-        x, made = scan_layers(c, one, self._embed(tokens), self._layer_params())
+        x, made = scan_layers(c, one, self._embed(tokens), self._layer_params(), self.remat)
         return rms_norm(x, self.final_norm[...], c), made
 
     def _turns(self, positions: Int32[Array, "B T"]) -> Turns:
@@ -203,9 +209,7 @@ class Decoder(nnx.Module):
         }
 
     def _embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Rows are taken in float32 and cast after: the other order adds up the gradients of a frequent
-        # token in bfloat16, where a sum stops growing at 256 ones.
-        x = self.embedding[...][tokens].astype(self.compute_dtype)
+        x = look_up(self.embedding[...], tokens, self.compute_dtype, self._mesh)
         if self.config.embedding_scale != 1.0:
             # Rounded to the compute dtype first, as the reference does.
             x = x * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
@@ -233,15 +237,17 @@ def scan_layers(
     one: Callable[[LayerKind, Array, LayerParams], tuple[Array, Any]],
     x: Float[Array, "B T D"],
     stacked: LayerParams,
+    remat: Remat,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """`one(kind, x, params)` for every layer in turn; returns the last x, and what each layer gave beside.
 
     Layers whose kinds repeat with period G are scanned in groups of G, those left over follow one by one.
-    Only the layers' inputs are kept for the backward pass; the rest of a layer is computed again.
+    What is kept for the backward pass is by `remat` every layer's input alone (`layer`), the results of the
+    products with weights too (`dots`), or all there is (`none`); what is not kept is computed again.
     """
     kinds, period = c.layers, c.period
     groups = c.num_layers // period
-    steps = [jax.checkpoint(partial(one, kind)) for kind in kinds[:period]]
+    steps = [_kept(partial(one, kind), remat) for kind in kinds[:period]]
 
     def group(x: Array, params: LayerParams) -> tuple[Array, list[Any]]:
         extras = []
@@ -260,3 +266,14 @@ def scan_layers(
         x, extra = steps[index % period](x, params)
         out.append(extra)
     return x, out
+
+
+def _kept(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    match remat:
+        case "layer":
+            return jax.checkpoint(step)
+        case "dots":
+            # Not those of attention, which have as many elements as pairs of positions.
+            return jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case "none":
+            return step
