@@ -24,12 +24,11 @@ import jax  # noqa: E402
 from measure import figure, finish  # noqa: E402
 from shapes import FLOAT, head_bytes, parameter_count, temporary_bytes  # noqa: E402
 
-from jaxdistill.losses import Prepared  # noqa: E402
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig  # noqa: E402
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from jaxdistill.packing import blank  # noqa: E402
 from jaxdistill.parallel import MeshConfig, make_mesh  # noqa: E402
-from jaxdistill.planner import head_memory, step_memory  # noqa: E402
+from jaxdistill.planner import head_memory, step_memory, target_shapes  # noqa: E402
 from jaxdistill.students import abstract_decoder, parse_config  # noqa: E402
 
 LIMIT = 1.3
@@ -78,8 +77,8 @@ def step_row(name: str, raw: dict[str, Any], mesh_sizes: dict[str, int], length:
 def head_row(vocab: int, hidden: int, length: int) -> dict[str, Any]:
     """The head alone on one device: its temporary bytes over the formula."""
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    prepared: Prepared = jax.eval_shape(OBJECTIVE.prepare, blank(1, length, {}))
-    measured = head_memory(OBJECTIVE, prepared, (vocab, hidden), jax.numpy.float32, mesh)
+    targets = target_shapes(OBJECTIVE, blank(1, length, {}))
+    measured = head_memory(OBJECTIVE, targets, (vocab, hidden), jax.numpy.float32, mesh)
     formula = head_bytes(1, length, hidden, vocab, gathered=False)
     row = figure(f"head, V={vocab}: temporary over formula", measured / formula, "ratio", LIMIT)
     shape = {"rows": 1, "length": length, "hidden": hidden}

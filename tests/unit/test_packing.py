@@ -65,8 +65,8 @@ def test_buckets_ascend():
 def test_a_blank_batch_has_the_shapes_of_a_full_one_and_nothing_in_it():
     full = make_batch()
     empty = blank(ROWS, LENGTH, {"projection": LISTED, "shared": LISTED, "end": 0})
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), empty) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), full
-    )
+    assert jax.tree.structure(empty) == jax.tree.structure(full)
+    for got, expected in zip(jax.tree.leaves(empty), jax.tree.leaves(full), strict=True):
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
     assert not empty.weight.any() and not empty.projection.mask.any() and (empty.shared.ids == -1).all()
     assert blank(2, 5, {}).projection is None

@@ -81,7 +81,7 @@ def test_weight_decay_is_of_matrices_alone():
 
 def test_what_is_kept_of_a_layer_changes_work_alone():
     """The gradient of every remat policy is the same; the less is kept, the more products are computed."""
-    tokens = make_batch().tokens
+    tokens = jnp.asarray(make_batch().tokens)
     gradients, products = {}, {}
     for remat in ("layer", "dots", "none"):
         graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat), nnx.Param)
