@@ -18,7 +18,7 @@ from jaxdistill.inputs import Inputs
 from jaxdistill.losses import Objective, Prepared, evaluate_objective
 from jaxdistill.optimizer import make_optimizer
 from jaxdistill.packing import blank
-from jaxdistill.parallel.rules import padded_rows, partition, row_shards, rows_sharding
+from jaxdistill.parallel.rules import padded_rows, partition, place_batch, row_shards, rows_sharding
 from jaxdistill.run_config import RunConfig
 from jaxdistill.step import make_train_step, state_shapes
 from jaxdistill.students import Decoder
@@ -64,11 +64,11 @@ def step_memory(
     *,
     accumulation: int = 1,
 ) -> StepMemory:
-    """Compile the step for a `decoder` and a (host's) `batch`, of which only shapes are read, and see what
-    `memory_analysis()` says of it. The head is compiled once more by itself."""
+    """Compile the step for a `decoder` and a (host's) `batch`, of which nothing but shapes matters, and see
+    what `memory_analysis()` says of it. The head is compiled once more by itself. Nothing is run."""
     state = state_shapes(decoder, optimizer, mesh)
     graphdef = nnx.split(decoder, nnx.Param)[0]
-    rows = jax.tree.map(lambda leaf: _shape(leaf, rows_sharding(mesh, leaf.ndim)), batch)
+    rows = place_batch(batch, mesh)
     step = make_train_step(graphdef, objective, optimizer, state, mesh, accumulation=accumulation)
     compiled = step.lower(state, rows).compile()
     return StepMemory(
@@ -79,7 +79,7 @@ def step_memory(
         gradients=of_device(state.params),
         head=head_memory(
             objective,
-            jax.eval_shape(objective.prepare, rows),
+            target_shapes(objective, batch),
             (decoder.config.vocab_size, decoder.config.hidden_size),
             decoder.compute_dtype,
             mesh,
@@ -91,7 +91,7 @@ def step_memory(
 
 def head_memory(
     objective: Objective[Any],
-    prepared: Prepared,
+    targets: Any,
     matrix: tuple[int, int],
     dtype: Any,
     mesh: Mesh,
@@ -100,14 +100,13 @@ def head_memory(
     softcap: float | None = None,
 ) -> int:
     """Temporary bytes of one device for an objective and its gradient with respect to hidden states and the
-    `matrix` [V, D], in one of `accumulation` parts of the rows of `prepared`, of which only shapes are
-    read."""
+    `matrix` [V, D], in one of `accumulation` parts of the rows of the `targets`, which are shapes."""
 
     def rows_of(leaf: Any) -> jax.ShapeDtypeStruct:
         part = jax.ShapeDtypeStruct((leaf.shape[0] // accumulation, *leaf.shape[1:]), leaf.dtype)
         return _shape(part, rows_sharding(mesh, leaf.ndim))
 
-    targets = jax.tree.map(rows_of, prepared.targets)
+    targets = jax.tree.map(rows_of, targets)
     rows, length = jax.tree.leaves(targets)[0].shape[:2]
     spec = partition(matrix, ("vocab", "embed"), mesh)
     shapes = (
@@ -123,6 +122,11 @@ def head_memory(
     places = tuple(shape.sharding for shape in shapes)
     compiled = jax.jit(jax.grad(value, (0, 1)), out_shardings=places).lower(*shapes, targets).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+def target_shapes(objective: Objective[Any], batch: Batch) -> Any:
+    """The shapes of what the objective's tiles read beside logits."""
+    return jax.eval_shape(lambda rows: objective.prepare(rows).targets, batch)
 
 
 def cache_memory(decoder: Decoder, mesh: Mesh, *, rows: int, slots: int) -> int:
@@ -191,7 +195,7 @@ def table(memory: StepMemory, cache: int, limit: int | None) -> list[str]:
     ]
 
 
-def advice(config: RunConfig, memory: StepMemory, cache: int, room: float, rows: int) -> list[str]:
+def advice(config: RunConfig, memory: StepMemory, cache: int, room: int | float, rows: int) -> list[str]:
     """What of a run with `rows` rows on a device does not fit into `room` bytes, and the settings that help,
     with the bytes they save."""
     accumulation = config.optimizer.gradient_accumulation_steps
@@ -221,7 +225,7 @@ def advice(config: RunConfig, memory: StepMemory, cache: int, room: float, rows:
     return found or [f"fits into the {size(room)} that may be used"]
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes in words."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 

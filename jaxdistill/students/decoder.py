@@ -247,12 +247,18 @@ def scan_layers(
     """
     kinds, period = c.layers, c.period
     groups = c.num_layers // period
-    steps = [_kept(partial(one, kind), remat) for kind in kinds[:period]]
+
+    def member(i: int, x: Array, params: LayerParams) -> tuple[Array, Any]:
+        return one(kinds[i], x, jax.tree.map(lambda leaf: leaf[i], params))
+
+    # A step is given its whole group and takes its layer out by itself: what goes into it is kept for the
+    # backward pass, and that must be the scan's own slice, or all parameters are kept a second time.
+    steps = [_kept(partial(member, i), remat) for i in range(period)]
 
     def group(x: Array, params: LayerParams) -> tuple[Array, list[Any]]:
         extras = []
-        for i, step in enumerate(steps):
-            x, extra = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+        for step in steps:
+            x, extra = step(x, params)
             extras.append(extra)
         return x, extras
 
@@ -261,9 +267,9 @@ def scan_layers(
 
     x, extras = jax.lax.scan(group, x, jax.tree.map(grouped, stacked))
     out = [jax.tree.map(lambda leaf, g=g: leaf[g], extras[i]) for g in range(groups) for i in range(period)]
-    for index in range(groups * period, c.num_layers):
-        params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        x, extra = steps[index % period](x, params)
+    rest = jax.tree.map(lambda leaf: leaf[groups * period :], stacked)
+    for step in steps[: c.num_layers - groups * period]:
+        x, extra = step(x, rest)
         out.append(extra)
     return x, out
 

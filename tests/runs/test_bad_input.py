@@ -94,6 +94,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(train, tmp_path):
     result = train(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "credit: lookahead" in result.stdout and "8 rows, lengths [80]" in result.stdout
+    assert "memory of each device, 8 rows of 80 tokens" in result.stdout and "a step takes" in result.stdout
     assert not folder.exists()
 
 

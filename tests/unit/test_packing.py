@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from jaxdistill.errors import DataError
-from jaxdistill.packing import ShapesConfig, pack
+from jaxdistill.packing import ShapesConfig, blank, pack
 from jaxdistill.records import Prompt, Rollout, Targets, TokenSpans
+from tests.unit.losses.batches import LENGTH, LISTED, ROWS, make_batch
 
 
 def rollout(prompt_length: int, response_length: int, version: int = 0) -> Rollout:
@@ -70,3 +72,13 @@ def test_buckets_ascend():
     assert ShapesConfig(buckets=(4, 8)).buckets == (4, 8)
     with pytest.raises(ValueError, match="ascending"):
         ShapesConfig(buckets=(8, 4))
+
+
+def test_a_blank_batch_has_the_shapes_of_a_full_one_and_nothing_in_it():
+    full = make_batch()
+    empty = blank(ROWS, LENGTH, {"projection": LISTED, "shared": LISTED, "end": 0})
+    assert jax.tree.structure(empty) == jax.tree.structure(full)
+    for got, expected in zip(jax.tree.leaves(empty), jax.tree.leaves(full), strict=True):
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    assert not empty.weight.any() and not empty.projection.mask.any() and (empty.shared.ids == -1).all()
+    assert blank(2, 5, {}).projection is None
