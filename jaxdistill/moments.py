@@ -52,7 +52,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: MomentDtype) -> optax
     def init(params: Any) -> AdamState:
         return _stored(exact.init(params), dtype)
 
-    def update(updates: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         known = optax.ScaleByAdamState(state.count, _read(state.mu, True), _read(state.nu, False))
         made, after = exact.update(updates, known, params)
         return made, _stored(after, dtype)
