@@ -148,8 +148,8 @@ class _Reader:
         numbers = range(*layers.indices(self._layers))
         views = [self._view(*part, layer, inner) for layer in numbers for part in parts]
         found = np.empty((len(views), *views[0].shape), np.float32)
-        for place, view in zip(found, views, strict=True):
-            place[...] = view  # read, turned and widened in one go
+        for number, view in enumerate(views):
+            found[number] = view  # read, turned and widened in one go
         return found.reshape(len(numbers), len(parts), *found.shape[1:]) if by_expert else found
 
     def _view(self, tensor: Tensor, part: int, layer: int, piece: list[slice]) -> np.ndarray:
