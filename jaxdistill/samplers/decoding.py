@@ -148,7 +148,11 @@ class Generator:
                 rows = self._taken(rows, self._placed(order.astype(np.int32)))
             rows, drawn = advance(params, weights, rows, self._placed(done), np.int32(start))
             done = _collect(out, jax.device_get(drawn), places, start, stop_ids, ended)
-        return Generated(*(x[:, :max_new_tokens] for x in out[:3]), *out[3:])
+        return out._replace(
+            tokens=out.tokens[:, :max_new_tokens],
+            logprobs=out.logprobs[:, :max_new_tokens],
+            model_logprobs=out.model_logprobs[:, :max_new_tokens],
+        )
 
     def _smaller(self, rows: int) -> int:
         """Half of `rows`, or as few above it as the devices can share evenly."""
@@ -188,17 +192,17 @@ def _collect(
     ended: Ended | None,
 ) -> Bool[np.ndarray, " _"]:
     """Put a segment that began at step `start` into `out`; who is done now."""
-    done = np.array(drawn.done)
+    done, tokens = np.array(drawn.done), np.asarray(drawn.tokens)
     for row in np.flatnonzero(drawn.counts):
         place, count = int(places[row]), int(drawn.counts[row])
-        cut = None if ended is None else ended(place, drawn.tokens[row, :count])
+        cut = None if ended is None else ended(place, tokens[row, :count])
         count = count if cut is None else cut
         part = np.s_[place, start : start + count]
-        out.tokens[part] = drawn.tokens[row, :count]
+        out.tokens[part] = tokens[row, :count]
         out.logprobs[part] = drawn.logprobs[row, :count]
         out.model_logprobs[part] = drawn.model_logprobs[row, :count]
         out.lengths[place] = start + count
-        out.stopped[place] = cut is not None or int(drawn.tokens[row, count - 1]) in stop_ids
+        out.stopped[place] = cut is not None or int(tokens[row, count - 1]) in stop_ids
         done[row] |= cut is not None
     return done
 

@@ -5,17 +5,13 @@ Letters: B rows, V vocabulary.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float32
 
-if TYPE_CHECKING:
-    Array = jax.Array
-else:
-    Array = jax.Array | np.ndarray  # numpy on the host, traced in a program
+Scalar = Float32[Array, ""] | Float32[np.ndarray, ""]  # numpy on the host, traced in a program
 
 
 @partial(
@@ -28,10 +24,10 @@ class SamplingParams:
     """How a token is drawn; made by `sampling_params`. A filter that is off is 0 or None, so that the program
     does not hold it."""
 
-    temperature: Float32[Array, ""]
+    temperature: Scalar
     top_k: int = 0
-    top_p: Float32[Array, ""] | None = None
-    min_p: Float32[Array, ""] | None = None
+    top_p: Scalar | None = None
+    min_p: Scalar | None = None
 
 
 def sampling_params(

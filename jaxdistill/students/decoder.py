@@ -172,8 +172,8 @@ class Decoder(nnx.Module):
         def attend(index: int, kind: LayerKind, query: Array, key: Array, value: Array) -> Array:
             keys[index] = written(keys[index], key, slot)
             values[index] = written(values[index], value, slot)
-            read = (restored(side[index], query.dtype) for side in (keys, values))
-            return cached_attention(c, kind, query, *read, positions, slot_positions)
+            read, given = restored(keys[index], query.dtype), restored(values[index], query.dtype)
+            return cached_attention(c, kind, query, read, given, positions, slot_positions)
 
         for index, (kind, params) in enumerate(zip(c.layers, weights.layers, strict=True)):
             x, _ = layer(c, kind, params, x, turned, partial(attend, index, kind), self._mesh)

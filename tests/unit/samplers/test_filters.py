@@ -1,5 +1,6 @@
 """The filters against an independent reference in numpy, one row at a time over sorted probabilities."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,7 +42,7 @@ ROWS = st.lists(st.integers(-8, 8), min_size=1, max_size=12)
 def test_the_filters_are_those_of_the_reference(row, temperature, top_k, top_p, min_p):
     params = sampling_params(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = np.array([row, row[::-1]], np.float32)
-    got = np.asarray(filtered(logits, params), np.float64)
+    got = np.asarray(filtered(jnp.asarray(logits), params), np.float64)
     for one, values in zip(got, logits, strict=True):
         expected = reference(values, temperature, top_k, top_p, min_p)
         near = [reference(values, temperature, top_k, top_p * f, min_p * g) for f in (1 - 1e-5, 1 + 1e-5)
@@ -54,10 +55,10 @@ def test_the_filters_are_those_of_the_reference(row, temperature, top_k, top_p, 
 
 def test_without_filters_the_logits_are_only_divided():
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
-    np.testing.assert_array_equal(filtered(logits, sampling_params(1.0)), logits)
-    np.testing.assert_allclose(filtered(logits, sampling_params(0.5)), 2 * logits, rtol=1e-6)
+    np.testing.assert_array_equal(filtered(jnp.asarray(logits), sampling_params(1.0)), logits)
+    np.testing.assert_allclose(filtered(jnp.asarray(logits), sampling_params(0.5)), 2 * logits, rtol=1e-6)
     everything = sampling_params(0.0, top_k=1, top_p=0.1, min_p=0.5)  # greedy: nothing is done
-    np.testing.assert_array_equal(filtered(logits, everything), logits)
+    np.testing.assert_array_equal(filtered(jnp.asarray(logits), everything), logits)
 
 
 @pytest.mark.parametrize(
