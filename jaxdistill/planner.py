@@ -121,7 +121,9 @@ def head_memory(
 
     places = tuple(shape.sharding for shape in shapes)
     compiled = jax.jit(jax.grad(value, (0, 1)), out_shardings=places).lower(*shapes, targets).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None  # CPUs, GPUs and TPUs all say
+    return memory.temp_size_in_bytes
 
 
 def target_shapes(objective: Objective[Any], batch: Batch) -> Any:

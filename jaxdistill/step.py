@@ -56,7 +56,8 @@ def state_shapes(decoder: Decoder, optimizer: optax.GradientTransformation, mesh
         jax.eval_shape(optimizer.init, params),
         is_leaf=is_moment,
     )
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, opt_state)
 
 
 def initial_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -204,7 +204,7 @@ def row_statistics(
                 jnp.take_along_axis(logprobs, chosen[:, None, :], axis=-1),
             )
 
-        _, stacked = jax.lax.scan(tile, None, _tiles(hidden, (tokens, factors), width))
+        stacked = jax.lax.scan(tile, None, _tiles(hidden, (tokens, factors), width))[1]
         return jax.tree.map(lambda x: _untile(x, length), stacked)
 
     return _over_rows(run, mesh, PartitionSpec(ROWS))(hidden, embedding, (tokens, factors, chosen))

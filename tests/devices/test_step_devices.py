@@ -58,13 +58,14 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, tm
     assert "rematerialization" not in complaints  # nothing is replicated for want of a better way
     # The state is updated where it lies, its moments as spread as the parameters.
     assert many["misplaced_moments"] == 0
-    assert many["held"] < one["held"] / 4
+    data, *_, tensor = map(int, mesh.split(","))
+    assert many["held"] < 1.1 * one["held"] * data / 8  # all axes but `data` split parameters
     assert many["aliased"] >= many["held"] and one["aliased"] >= one["held"]
     found = [
         Collective(kind, tuple(map(tuple, shapes)), looped)
         for kind, shapes, looped in json.loads(str(many["collectives"]))
     ]
-    check_vocabulary(found, tensor=int(mesh.split(",")[3]))
+    check_vocabulary(found, tensor)
     if model == "experts":
         # Without the axis every device has all experts in its hands at some time, with it never.
         spread = mesh.split(",")[2] != "1"
