@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from jaxdistill.__main__ import main
+from jaxdistill.teachers.embedded import ANNOUNCEMENT
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -72,6 +73,29 @@ def train() -> Callable[..., Finished]:
         return call(*words(run_dir, overrides, config))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[tuple[str, ...]]:
+    """Overrides that put a server which all tests share in the place of the quickstart's embedded teacher: a
+    process for each run would take longer than the run."""
+    model = "assets/toy/teacher"
+    command = [
+        sys.executable,
+        "-m",
+        "jaxdistill.serve",
+        "--model",
+        model,
+        "--port",
+        "0",
+        "--exit-with-parent",
+    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as server:
+        url = server.stdout.readline().strip().removeprefix(ANNOUNCEMENT)
+        kind = ("teacher=null", "teacher.kind=sglang", f"teacher.tokenizer={model}")
+        yield (*kind, f"teacher.endpoint={url}")
+        server.terminate()
 
 
 def kill_at_row(run_dir: Path, count: int, overrides: Sequence[str] = ()) -> None:

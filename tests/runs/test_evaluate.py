@@ -14,14 +14,14 @@ def evaluate(*arguments: str) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def measured(train, tmp_path_factory) -> Path:
+def measured(train, served, tmp_path_factory) -> Path:
     """A small run that also measures references: answers of the toy task, for six of its eight rows."""
     folder = tmp_path_factory.mktemp("runs")
     lines = [json.loads(line) for line in (ROOT / "assets/toy/heldout.jsonl").read_text().splitlines()[:8]]
     answered = [row | {"response": row["answer"]} for row in lines[:6]] + lines[6:]
     heldout = folder / "heldout.jsonl"
     heldout.write_text("".join(json.dumps(row) + "\n" for row in answered))
-    overrides = [f"eval.path={heldout}", "eval.references=true", "run.steps=4"]
+    overrides = [*served, f"eval.path={heldout}", "eval.references=true", "run.steps=4"]
     # Two samples of so sure a student are mostly the same: beside each other they would teach nothing.
     result = train(folder / "run", *overrides, "objective.baseline=batch")
     assert result.returncode == 0, result.stderr

@@ -28,9 +28,9 @@ def sft(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_mixture_of_all_three_resumes_bitwise_and_compiles_once(train, data, tmp_path):
+def test_a_mixture_of_all_three_resumes_bitwise_and_compiles_once(train, served, data, tmp_path):
     shares = ("student=[0.0,1.0]", "reference=[0.5,0.0]", "teacher=[0.5,0.0]")
-    mixed = (f"data.path={data}", *(f"rollout.origins.{share}" for share in shares))
+    mixed = (*served, f"data.path={data}", *(f"rollout.origins.{share}" for share in shares))
     result = train(tmp_path / "whole", *mixed)
     assert result.returncode == 0, result.stderr
     kill_at_row(tmp_path / "killed", 4, mixed)
@@ -41,8 +41,14 @@ def test_a_mixture_of_all_three_resumes_bitwise_and_compiles_once(train, data, t
     assert np.isfinite([row["loss"] for row in whole[:-1]]).all()
 
 
-def test_references_are_scored_and_the_headline_is_of_the_student_alone(train, data, tmp_path):
-    small = ("run.steps=1", "eval.prompts=2", "rollout.origins.student=0.5", "rollout.origins.reference=0.5")
+def test_references_are_scored_and_the_headline_is_of_the_student_alone(train, served, data, tmp_path):
+    small = (
+        *served,
+        "run.steps=1",
+        "eval.prompts=2",
+        "rollout.origins.student=0.5",
+        "rollout.origins.reference=0.5",
+    )
     result = train(tmp_path / "run", f"data.path={data}", *small)
     assert result.returncode == 0, result.stderr
     row = rows(tmp_path / "run")[0]
@@ -52,8 +58,8 @@ def test_references_are_scored_and_the_headline_is_of_the_student_alone(train, d
     assert none.returncode == 2 and "has no reference" in none.stderr
 
 
-def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train, data, sft, tmp_path):
-    small = (f"data.path={data}", "run.steps=2", "eval.prompts=2")
+def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train, served, data, sft, tmp_path):
+    small = (*served, f"data.path={data}", "run.steps=2", "eval.prompts=2")
 
     def run(name, *overrides):
         return train(tmp_path / name, *small, *overrides, config=sft)
@@ -71,10 +77,11 @@ def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train,
     assert rows(tmp_path / "mixed")[0]["loss"] < first["loss"]
 
 
-def test_sft_on_what_the_teacher_writes(train, data, sft, tmp_path):
+def test_sft_on_what_the_teacher_writes(train, served, data, sft, tmp_path):
     """Sequence-level distillation: the toy teacher is right, so its answers are the data's."""
     result = train(
         tmp_path / "run",
+        *served,
         f"data.path={data}",
         "run.steps=1",
         "eval.path=null",

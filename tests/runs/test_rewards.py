@@ -10,11 +10,11 @@ from .conftest import ROOT, rows
 REWARD = ("reward.scorer=final_line", "objective.reward_coefficient=0.5", "objective.baseline=batch")
 
 
-def test_a_reward_changes_what_is_learned_and_is_measured(train, tmp_path):
+def test_a_reward_changes_what_is_learned_and_is_measured(train, served, tmp_path):
     settings = ("run.steps=2", "eval.prompts=2", "rollout.samples_per_prompt=4", "reward.normalize=none")
     for name, more in (("with", REWARD), ("without", REWARD[2:])):
         used = settings if more is REWARD else settings[:3]
-        result = train(tmp_path / name, *used, *more)
+        result = train(tmp_path / name, *served, *used, *more)
         assert result.returncode == 0, result.stderr
     rewarded, plain = rows(tmp_path / "with"), rows(tmp_path / "without")
     assert all(0.0 <= row["reward"] <= 1.0 and 0.0 <= row["reward_spread"] <= 1.0 for row in rewarded[:2])

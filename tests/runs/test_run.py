@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
 from .conftest import ROOT, apart, call, kill_at_row, rows, without_clocks, words
@@ -84,32 +83,31 @@ def test_export_writes_a_folder_that_loads_with_the_trained_weights(finished, tm
     )
 
 
-def test_sft_and_the_other_credits_run(train, tmp_path):
+def test_sft_and_the_other_credits_run(train, served, tmp_path):
     for name, override in (
         ("exact", "objective.signal=exact"),
         ("uniform", "objective.credit=uniform"),
         ("proportional", "objective.credit=proportional"),
         ("broadcast", "objective.credit=broadcast"),
     ):
-        result = train(tmp_path / name, "run.steps=1", "eval.prompts=2", override)
+        result = train(tmp_path / name, *served, "run.steps=1", "eval.prompts=2", override)
         assert result.returncode == 0, (name, result.stderr)
         assert np.isfinite(rows(tmp_path / name)[0]["loss"])
 
 
-@pytest.mark.parametrize("steps", ["run.steps=8"])
-def test_a_longer_run_goes_on_from_a_shorter_one_but_another_config_does_not(train, tmp_path, steps):
-    folder = tmp_path / "run"
-    assert train(folder, "run.steps=2", "optimizer.schedule=constant").returncode == 0
-    assert train(folder, "run.steps=3", "optimizer.schedule=constant").returncode == 0
+def test_a_longer_run_goes_on_from_a_shorter_one_but_another_config_does_not(train, served, tmp_path):
+    folder, same = tmp_path / "run", (*served, "optimizer.schedule=constant")
+    assert train(folder, *same, "run.steps=2").returncode == 0
+    assert train(folder, *same, "run.steps=3").returncode == 0
     assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3]
-    other = train(folder, "run.steps=3", "optimizer.schedule=constant", "objective.credit=uniform")
+    other = train(folder, *same, "run.steps=3", "objective.credit=uniform")
     assert other.returncode == 2
     assert "another config" in other.stderr and "Traceback" not in other.stderr
 
 
-def test_an_edited_chat_template_is_another_run_whichever_side_reads_it(train, tmp_path):
+def test_an_edited_chat_template_is_another_run_whichever_side_reads_it(train, served, tmp_path):
     """Its path is the same; what the prompts look like is not."""
-    overrides = ["run.steps=1", "eval.path=null"]
+    overrides = [*served, "run.steps=1", "eval.path=null"]
     files = {}
     for side in ("student", "teacher"):
         config = json.loads((ROOT / f"assets/toy/{side}/tokenizer_config.json").read_text())
