@@ -99,7 +99,7 @@ class ObjectiveSettings(StrictConfig):
         """Raise `ValueError` if the objective has nothing to learn from where each origin answers at most its
         share of the prompts; `given`: `rollout.origins` says so, and no setting of the objective may too."""
 
-    def check_sampling(self, off_policy: Mapping[str, float]) -> None:
+    def check_sampling(self, off_policy: Mapping[str, int | float]) -> None:
         """Raise `ValueError` if the objective means nothing for rows that are not drawn from the student's
         own distribution; `off_policy`: the settings of `rollout` that make them so, empty where they are."""
 

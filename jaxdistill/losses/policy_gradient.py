@@ -97,7 +97,7 @@ class PolicyGradientSettings(ObjectiveSettings):
                 "the student no share; give it one, or choose gkd or sft"
             )
 
-    def check_sampling(self, off_policy: Mapping[str, float]) -> None:
+    def check_sampling(self, off_policy: Mapping[str, int | float]) -> None:
         if off_policy and self.temperature_mismatch == "refuse":
             settings = ", ".join(f"rollout.{name}={value}" for name, value in off_policy.items())
             raise ValueError(

@@ -95,7 +95,7 @@ class RolloutConfig(StrictConfig):
         return value
 
     @property
-    def off_policy(self) -> Mapping[str, float]:
+    def off_policy(self) -> Mapping[str, int | float]:
         """The settings with which the student's samples are not drawn from its own distribution."""
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         values = {name: getattr(self, name) for name in neutral}

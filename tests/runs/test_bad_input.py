@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written(train, tmp_path):
     one_message(train(blocker / "run"), 2, "cannot be written")
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(train, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(train, unchecked, tmp_path):
     folder = tmp_path / "run"
     result = train(folder, "--dry-run")
     assert result.returncode == 0, result.stderr

@@ -76,6 +76,7 @@ def test_buckets_ascend():
 
 def test_a_blank_batch_has_the_shapes_of_a_full_one_and_nothing_in_it():
     full = make_batch()
+    full = replace(full, model_logprobs=full.behavior_logprobs)  # packed rows always have them
     empty = blank(ROWS, LENGTH, {"projection": LISTED, "shared": LISTED, "end": 0})
     assert jax.tree.structure(empty) == jax.tree.structure(full)
     for got, expected in zip(jax.tree.leaves(empty), jax.tree.leaves(full), strict=True):

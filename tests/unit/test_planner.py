@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 from jaxdistill.losses.gkd import GKD, GKDConfig
@@ -34,14 +33,6 @@ MEMORY = StepMemory(parameters=40, optimizer=80, batch=1, temporary=100, gradien
 @pytest.fixture(scope="module")
 def mesh():
     return make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-@pytest.fixture
-def unchecked():
-    """jax describes a program's arguments in a batch of its own making, which holds no arrays."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def measured(mesh, **settings) -> StepMemory:
