@@ -21,6 +21,7 @@ from jaxdistill.loop import Run
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
+from jaxdistill.planner import memory_plan
 from jaxdistill.records import Origin, Prompt, Rollout
 from jaxdistill.rewards import Rewards
 from jaxdistill.run_config import RunConfig
@@ -145,6 +146,7 @@ def plan(config: RunConfig) -> str:
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
             f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
+            *memory_plan(config, inputs),
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
         ]
     )

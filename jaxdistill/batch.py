@@ -57,10 +57,11 @@ class Batch:
 
     `response_mask` marks the student's response, `loss_mask` the part of it the teacher has a signal
     for; where `loss_mask` is false, `teacher_logprob` is zero and `chunk_of_token` -1, and neither is
-    read. `weight` scales a row; a padding row has weight 0 and empty masks. `same_vocabulary` marks the
-    rows whose teacher reads the student's own tokens. `origin` is who wrote a row (`records.ORIGINS`),
-    `reward` its task reward as it joins the advantage (0 without one). The optional parts are there only if
-    the objective asks for them.
+    read. `behavior_logprobs` are of the distribution the tokens were drawn from, `model_logprobs` what the
+    model gave them then, at temperature 1 and without filters (None: the same). `weight` scales a row; a
+    padding row has weight 0 and empty masks. `same_vocabulary` marks the rows whose teacher reads the
+    student's own tokens. `origin` is who wrote a row (`records.ORIGINS`), `reward` its task reward as it
+    joins the advantage (0 without one). The optional parts are there only if the objective asks for them.
     """
 
     tokens: Int32[Array, "B T"]
@@ -77,6 +78,12 @@ class Batch:
     projection: BatchProjection | None = None
     shared: BatchSharedTopK | None = None
     end: BatchEndOfTurn | None = None
+    model_logprobs: Float32[Array, "B T"] | None = None
+
+    @property
+    def own_logprobs(self) -> Float32[Array, "B T"]:
+        """The model's log-probabilities of the response at the time it was sampled."""
+        return self.behavior_logprobs if self.model_logprobs is None else self.model_logprobs
 
 
 @jax.tree_util.register_dataclass

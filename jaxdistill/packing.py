@@ -4,7 +4,7 @@ Letters: B rows, T padded length, R response tokens, K proposals.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ _PARTS: Mapping[Part, type] = {
     "end": BatchEndOfTurn,
 }
 _FILL = {"ids": -1, "student_ids": -1, "logprobs": -np.inf}  # elsewhere zero
+_DTYPES = {"mask": bool, "floored": bool, "ids": np.int32, "student_ids": np.int32}  # elsewhere float32
 
 
 class ShapesConfig(StrictConfig):
@@ -65,6 +66,7 @@ def pack(
         "response_mask": np.zeros(shape, bool),
         "loss_mask": np.zeros(shape, bool),
         "behavior_logprobs": np.zeros(shape, np.float32),
+        "model_logprobs": np.zeros(shape, np.float32),
         "chunk_of_token": np.full(shape, -1, np.int32),
         "teacher_logprob": np.zeros(shape, np.float32),
         "policy_version": np.zeros(rows, np.int32),
@@ -82,6 +84,7 @@ def pack(
         arrays["tokens"][part] = rollout.response.ids
         arrays["response_mask"][part] = True if rollout.assistant_mask is None else rollout.assistant_mask
         arrays["behavior_logprobs"][part] = rollout.logprobs
+        arrays["model_logprobs"][part] = rollout.own_logprobs
         arrays["policy_version"][row] = rollout.policy_version
         arrays["origin"][row] = ORIGINS[rollout.origin]
         arrays["weight"][row] = rollout.weight * (1.0 if target is None else target.weight)
@@ -95,6 +98,21 @@ def pack(
         parts = [None if target is None else getattr(target, name) for target in targets]
         arrays[name] = _part(kind, parts, starts, shape)
     return Batch(**arrays)
+
+
+def blank(rows: int, length: int, parts: Mapping[Part, int]) -> Batch:
+    """Rows of padding alone, with the optional `parts`, each with K entries a state where it lists some: the
+    shapes of any batch of this size."""
+
+    def part(kind: type, entries: int) -> Any:
+        arrays = {}
+        for name in (field.name for field in fields(kind)):
+            shape = (rows, length, entries) if name in _FILL else (rows, length)
+            arrays[name] = np.full(shape, _FILL.get(name, 0), _DTYPES.get(name, np.float32))
+        return kind(**arrays)
+
+    batch = pack([], [], buckets=[length], rows=rows)
+    return replace(batch, **{name: part(_PARTS[name], entries) for name, entries in parts.items()})
 
 
 def _part(kind: type, parts: Sequence[Any], starts: Sequence[int], shape: tuple[int, int]) -> Any:

@@ -108,14 +108,15 @@ class Rollout:
     """A response the student sampled, or a reference in its place. Its ids are kept for ever; nothing
     re-tokenises its text.
 
-    `logprobs` are natural logs of the probability each token was sampled with. `finished` is false
-    when the response was cut at the length limit and so has no end of turn. `vocabulary` is the
-    `vocab_fingerprint` of the tokenizer the ids belong to: a teacher with the same one reads them as
-    they are. A reference of several turns has `assistant_mask`, false on what stands between them (user
-    turns, tool output, the template's marks); None: the assistant wrote all of the response. `origin` says
-    who wrote it; only the student's own rows have `logprobs` that mean anything. `weight` is how many samples
-    of its prompt the row stands for: a text that would be the same each time is there once. `unwritten` is
-    why the teacher wrote nothing, where it was to: the response is empty then.
+    `logprobs` are natural logs of the probability each token was sampled with, `model_logprobs` of what the
+    model gave it, at temperature 1 and without filters (None: the same). `finished` is false when the
+    response was cut at the length limit; else it ends with its end of turn or with a stop string.
+    `vocabulary` is the `vocab_fingerprint` of the tokenizer the ids belong to: a teacher with the same one
+    reads them as they are. A reference of several turns has `assistant_mask`, false on what stands between
+    them (user turns, tool output, the template's marks); None: the assistant wrote all of the response.
+    `origin` says who wrote it; only the student's own rows have `logprobs` that mean anything. `weight` is
+    how many samples of its prompt the row stands for: a text that would be the same each time is there once.
+    `unwritten` is why the teacher wrote nothing, where it was to: the response is empty then.
     """
 
     prompt: Prompt
@@ -129,6 +130,12 @@ class Rollout:
     origin: Origin = "student"
     weight: float = 1.0
     unwritten: Unscored | None = None
+    model_logprobs: Float32[np.ndarray, " R"] | None = None
+
+    @property
+    def own_logprobs(self) -> Float32[np.ndarray, " R"]:
+        """The model's log-probabilities of the response, whatever it was sampled with."""
+        return self.logprobs if self.model_logprobs is None else self.model_logprobs
 
 
 @dataclass(frozen=True)

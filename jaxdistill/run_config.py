@@ -18,6 +18,7 @@ from jaxdistill.parallel import MeshConfig
 from jaxdistill.records import ORIGINS, Part
 from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
+from jaxdistill.students import Remat
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, ServedSettings, TeacherConfig
 
 # What each optional part of the targets needs of a teacher's settings: the key, a value for it, and in words.
@@ -43,12 +44,16 @@ class StudentConfig(StrictConfig):
     plays which role, e.g. {end_of_turn: "<|im_end|>"}; `chat_template` is a Jinja file in place of the
     folder's own (configs/templates/completion.jinja: plain text, for base models).
 
+    `remat` is what is kept of a layer for the backward pass, and not computed again: `layer` its input alone,
+    `dots` the results of its products with weights too, `none` everything; the update is the same.
+
     `router_aux_coefficient` is for a student with experts: how much of the loss that keeps them equally busy
     is added to the objective (`router_balance` in the metrics says what it is)."""
 
     path: str
     roles: dict[str, str] = Field(default_factory=dict)
     chat_template: Path | None = None
+    remat: Remat = "layer"
     router_aux_coefficient: float = Field(default=0.0, ge=0)
 
 
@@ -73,7 +78,7 @@ class RunConfig(StrictConfig):
     def _consistent(self) -> "RunConfig":
         self._check_teachers()
         self._check_rows()
-        self.objective.check_temperature(self.rollout.temperature)
+        self.objective.check_sampling(self.rollout.off_policy)
         self._check_reward()
         return self
 

@@ -182,6 +182,6 @@ def _figures(scored: Scored) -> dict[str, Mean]:
 
 def response_kl(rollout: Rollout, scores: TeacherScores, alignment: Alignment) -> float:
     """log p_S - log p_T of one response over its aligned tokens, in nats."""
-    student = rollout.logprobs[alignment.student_chunk >= 0].sum(dtype=np.float64)
+    student = rollout.own_logprobs[alignment.student_chunk >= 0].sum(dtype=np.float64)
     teacher = scores.logprobs[alignment.teacher_chunk >= 0].sum(dtype=np.float64)
     return float(student - teacher)

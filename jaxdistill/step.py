@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int32, Shaped
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.losses import LossOutput, Objective, Prepared, evaluate_objective
-from jaxdistill.parallel.rules import param_shardings, row_shards
+from jaxdistill.parallel.rules import param_shardings
 from jaxdistill.students.decoder import Decoder
 from jaxdistill.students.experts import load_balance
 
@@ -31,24 +31,41 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def initial_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, on `mesh`; takes over the decoder's (placed) parameters."""
+def state_shapes(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state of a run as shapes, each with its sharding on `mesh`; nothing is computed or placed."""
     variables = nnx.state(decoder, nnx.Param)
-    params, shardings = nnx.to_pure_dict(variables), param_shardings(variables, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = jax.tree.map(shape, nnx.to_pure_dict(variables), param_shardings(variables, mesh))
     structure = jax.tree.structure(params)
 
     def is_moment(node: Any) -> bool:
         return jax.tree.structure(node) == structure
 
+    def beside(leaf: Any, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A scale for each row of a parameter has a last axis of 1, which nothing splits.
+        spec = [axes if n > 1 else None for n, axes in zip(leaf.shape, param.sharding.spec, strict=True)]
+        return shape(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
     # Moments lie where the parameters they follow lie; counters lie everywhere.
-    opt_shardings = jax.tree.map(
-        lambda node: shardings if is_moment(node) else replicated,
+    opt_state = jax.tree.map(
+        lambda node: jax.tree.map(beside, node, params) if is_moment(node) else shape(node, replicated),
         jax.eval_shape(optimizer.init, params),
         is_leaf=is_moment,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    return TrainState(jax.device_put(jnp.int32(0), replicated), params, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, opt_state)
+
+
+def initial_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, on `mesh`; takes over the decoder's (placed) parameters."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(decoder, optimizer, mesh))
+    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
 
 def make_train_step(
@@ -62,7 +79,7 @@ def make_train_step(
     router_aux_coefficient: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted step that consumes (donates) the state it is given and returns the next one on the same
-    devices as `state`, so that no later call meets another layout and compiles again.
+    devices as `state` (or `state_shapes`), so that no later call meets another layout and compiles again.
 
     With `accumulation` M above 1 the model reads the batch in M parts, one after the other, and their
     gradients are added up: the same update (what is normalised over the batch is settled before it is split)
@@ -85,7 +102,7 @@ def make_train_step(
             hidden,
             decoder.output_embedding,
             softcap=decoder.config.logit_softcap,
-            row_shards=row_shards(mesh),
+            mesh=mesh,
         )
         value = jnp.asarray(out.objective.total / out.objective.weight)  # the whole batch's weight
         if load is not None:

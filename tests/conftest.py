@@ -6,10 +6,12 @@ pay for loading it.
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -43,6 +45,15 @@ def smollm2() -> Path:
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"no model in {folder}; make it with: .venv/bin/python scripts/fetch_smollm2.py")
     return folder
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For what compiles ahead of time: jax describes a program's arguments in a batch of its own making,
+    which holds no arrays."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

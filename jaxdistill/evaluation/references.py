@@ -45,6 +45,7 @@ class StudentLogprobs:
                 top_k=0,
                 chosen=nothing,
                 softcap=decoder.config.logit_softcap,
+                mesh=mesh,
             ).logprob
 
         self._run = run

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.config import StrictConfig
-from jaxdistill.losses.head import row_statistics, tile_length, tile_objective
+from jaxdistill.losses.head import row_statistics, rows_of_device, tile_length, tile_objective
+from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.records import Origin, Part, Signal
 from jaxdistill.students.attention import soft_cap
 from jaxdistill.text import Tokenizer
@@ -98,8 +99,9 @@ class ObjectiveSettings(StrictConfig):
         """Raise `ValueError` if the objective has nothing to learn from where each origin answers at most its
         share of the prompts; `given`: `rollout.origins` says so, and no setting of the objective may too."""
 
-    def check_temperature(self, temperature: float) -> None:
-        """Raise `ValueError` if the objective means nothing for rows sampled at `temperature`."""
+    def check_sampling(self, off_policy: Mapping[str, int | float]) -> None:
+        """Raise `ValueError` if the objective means nothing for rows that are not drawn from the student's
+        own distribution; `off_policy`: the settings of `rollout` that make them so, empty where they are."""
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,16 @@ def evaluate_objective(
     embedding: Float[Array, "V D"],
     *,
     softcap: float | None = None,
-    row_shards: int = 1,
+    mesh: AnyMesh | None = None,
 ) -> LossOutput:
     """Run `objective` through the tiled head; differentiable in `hidden` and `embedding`. `softcap` is the
-    model's cap on its logits; `row_shards` is over how many devices the rows are split: a tile is sized for
-    the rows of one."""
+    model's cap on its logits; `mesh` is where the rows lie: a tile is sized for those of one device."""
     rows, length = hidden.shape[:2]
 
     def logprobs(tokens: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
         now = jax.lax.stop_gradient((hidden, embedding))
         none = jnp.zeros((rows, 0), jnp.int32)
-        return row_statistics(
-            *now, tokens, top_k=0, chosen=none, softcap=softcap, row_shards=row_shards
-        ).logprob
+        return row_statistics(*now, tokens, top_k=0, chosen=none, softcap=softcap, mesh=mesh).logprob
 
     def tile(logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
         return objective.tile(soft_cap(logits, softcap), targets)
@@ -172,8 +171,8 @@ def evaluate_objective(
     targets = prepared.targets
     if isinstance(objective, SequenceObjective):
         targets = objective.linearise(targets, logprobs)
-    width = tile_length(-(-rows // row_shards), length, embedding.shape[0])
-    total, metrics = tile_objective(tile, width, hidden, embedding, targets)
+    width = tile_length(rows_of_device(rows, mesh), length, embedding.shape[0])
+    total, metrics = tile_objective(tile, width, mesh, hidden, embedding, targets)
     weight = jnp.where(prepared.weight > 0, prepared.weight, 1.0)  # an empty batch is zero, not NaN
     return LossOutput(Mean(total, weight), metrics | prepared.metrics)
 

@@ -1,5 +1,9 @@
 """What the policy-gradient objectives share: from a teacher's advantage to a clipped surrogate.
 
+A row's advantage compares the teacher with the model itself (`Batch.model_logprobs`), the ratio compares the
+model now with the distribution the row was drawn from (`Batch.behavior_logprobs`). They are the same unless
+`rollout` has a temperature or a filter, which `temperature_mismatch` must allow.
+
 The order, which matters: the baseline is subtracted from the distillation advantage, the rest is divided by
 its root mean square over the batch, scaled by `coefficient`, and only then is the task reward added. So a
 reward keeps its own scale (`reward_coefficient` nats for a reward of 1) however far the teacher is away.
@@ -93,11 +97,12 @@ class PolicyGradientSettings(ObjectiveSettings):
                 "the student no share; give it one, or choose gkd or sft"
             )
 
-    def check_temperature(self, temperature: float) -> None:
-        if temperature != 1.0 and self.temperature_mismatch == "refuse":
+    def check_sampling(self, off_policy: Mapping[str, int | float]) -> None:
+        if off_policy and self.temperature_mismatch == "refuse":
+            settings = ", ".join(f"rollout.{name}={value}" for name, value in off_policy.items())
             raise ValueError(
-                f"rollout.temperature={temperature}, but the teacher is always scored at temperature 1, so "
-                "the KL would compare different things; set it to 1.0, or say "
+                f"{settings}, but the teacher is always scored at temperature 1 over all tokens, so the KL "
+                "would be taken over responses the student does not give; leave it out, or say "
                 "objective.temperature_mismatch=allow"
             )
 
@@ -117,13 +122,13 @@ def log_ratios(
         raise ValueError("objective.credit is still auto; build the objective of config.resolved(top_k=...)")
     if config.credit == "projected":
         projection = required(batch.projection, "projection")
-        difference = projection.logprob - batch.behavior_logprobs
+        difference = projection.logprob - batch.own_logprobs
         return jnp.clip(difference, -config.clip, config.clip), projection.mask
     return token_advantages(
         config.credit,
         chunk_of_token=batch.chunk_of_token,
         teacher_logprob=batch.teacher_logprob,
-        student_logprobs=batch.behavior_logprobs,
+        student_logprobs=batch.own_logprobs,
         mask=batch.loss_mask,
         same_vocabulary=batch.same_vocabulary,
         clip=config.clip,

@@ -125,9 +125,9 @@ class SumConfig(ObjectiveSettings):
                     "rollout.origins; give one a share, or leave the term out"
                 )
 
-    def check_temperature(self, temperature: float) -> None:
+    def check_sampling(self, off_policy: Mapping[str, int | float]) -> None:
         for term in self.terms:
-            term.objective.check_temperature(temperature)
+            term.objective.check_sampling(off_policy)
 
 
 @dataclass(frozen=True)

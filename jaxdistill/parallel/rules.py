@@ -70,7 +70,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: AnyMesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 

@@ -1,21 +1,28 @@
 """Where responses come from: the policy itself, the data's own references, the teacher, or a mixture."""
 
 from jaxdistill.samplers.base import OriginsConfig, RolloutConfig, Sampler, render_prompt
-from jaxdistill.samplers.local import Generated, LocalSampler, generate
+from jaxdistill.samplers.decoding import Generated, Generator
+from jaxdistill.samplers.filters import SamplingParams, filtered, sampling_params
+from jaxdistill.samplers.local import LocalSampler
 from jaxdistill.samplers.mixture import MixedSampler, Schedule
 from jaxdistill.samplers.reference import ReferenceSampler
+from jaxdistill.samplers.stops import StopStrings
 from jaxdistill.samplers.teacher import TeacherSampler
 
 __all__ = [
     "Generated",
+    "Generator",
     "LocalSampler",
     "MixedSampler",
     "OriginsConfig",
     "ReferenceSampler",
     "RolloutConfig",
     "Sampler",
+    "SamplingParams",
     "Schedule",
+    "StopStrings",
     "TeacherSampler",
-    "generate",
+    "filtered",
     "render_prompt",
+    "sampling_params",
 ]

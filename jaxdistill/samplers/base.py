@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jaxdistill.config import StrictConfig
 from jaxdistill.errors import DataError
@@ -58,23 +58,48 @@ class OriginsConfig(StrictConfig):
 class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens.
 
-    `origins`: who answers the prompts (not set: what the objective says). `temperature` is the student's,
-    `teacher_temperature` that of a teacher that writes; 0 takes the most likely token. `teacher_top_p` below
-    1 lets it draw from the fewest tokens alone that have that much of the probability. `reference_turns`:
-    what is taken from a reference chat with several assistant turns, every one or the last; where a teacher
-    scores the references it is always the last, since the teacher reads the turns before through its own
-    template.
+    `origins`: who answers the prompts (not set: what the objective says). `temperature`, `top_k` (0: all),
+    `top_p` (1: all) and `min_p` (0: all) are the student's and work in this order (see `filters.filtered`); a
+    response of its ends with its end of turn, or with the token that completes one of the strings of `stop`.
+    `kv_dtype` is what its keys and values are kept in while it samples (not set: what it computes in): fewer
+    bits make the cache smaller, and the samples those of a slightly other model.
+    `teacher_temperature` is that of a teacher that writes; 0 takes the most likely token. `teacher_top_p`
+    below 1 lets it draw from the fewest tokens alone that have that much of the probability.
+    `reference_turns`: what is taken from a reference chat with several assistant turns, every one or the
+    last; where a teacher scores the references it is always the last, since the teacher reads the turns
+    before through its own template.
     """
 
     samples_per_prompt: int = Field(default=4, ge=1)
     max_prompt_tokens: int = Field(default=256, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    stop: tuple[str, ...] = ()
+    kv_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     teacher_temperature: float = Field(default=1.0, ge=0.0)
     teacher_top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     origins: OriginsConfig | None = None
     reference_turns: Literal["all", "last"] = "all"
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_string(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError(
+                f"got an empty stop string in {list(value)}: every response has it; leave it out"
+            )
+        return value
+
+    @property
+    def off_policy(self) -> Mapping[str, int | float]:
+        """The settings with which the student's samples are not drawn from its own distribution."""
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        values = {name: getattr(self, name) for name in neutral}
+        return {name: value for name, value in values.items() if value != neutral[name]}
 
 
 @runtime_checkable

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Float32, Int32
 
 from jaxdistill.losses.head import RowStatistics, row_statistics
-from jaxdistill.samplers.local import Generated, generate
+from jaxdistill.samplers.decoding import Generator
+from jaxdistill.samplers.filters import sampling_params
 from jaxdistill.serving.protocol import Limits, Row, RowResult, Statistics
 from jaxdistill.students.decoder import Decoder
 
@@ -49,7 +50,8 @@ class DecoderEngine:
         self.max_batch_tokens = max_batch_tokens
         graphdef, self._params = nnx.split(decoder)
         self._score = jax.jit(partial(_score, graphdef), static_argnames=("top_k",))
-        self._sample = jax.jit(partial(_sample, graphdef), static_argnames=("max_new_tokens", "stop_ids"))
+        self._generator = Generator(graphdef)
+        self._keys = jax.jit(jax.vmap(jax.random.key))
 
     def run(self, rows: Sequence[Row]) -> list[RowResult]:
         """Generate where new tokens are asked for, then score prompt and output in one pass."""
@@ -76,26 +78,25 @@ class DecoderEngine:
             length, new, temperature, top_p, stop_ids = key
             tokens = _right_padded([rows[i].ids for i in members], count, length)
             lengths = np.ones(count, np.int32)  # padding rows read one token
+            limits = np.zeros(count, np.int32)
             seeds = np.zeros(count, np.uint32)
             for b, i in enumerate(members):
                 seed = rows[i].seed
-                lengths[b] = len(rows[i].ids)
+                lengths[b], limits[b] = len(rows[i].ids), rows[i].max_new_tokens
                 seeds[b] = secrets.randbits(32) if seed is None else seed
-            drawn: Generated = jax.device_get(
-                self._sample(
-                    self._params,
-                    tokens,
-                    lengths,
-                    seeds,
-                    np.float32(temperature),
-                    None if top_p == 1 else np.float32(top_p),  # without it nothing is sorted
-                    max_new_tokens=new,
-                    stop_ids=stop_ids,
-                )
+            drawn = self._generator(
+                self._params,
+                tokens,
+                lengths,
+                limits,
+                self._keys(seeds),
+                sampling_params(temperature, top_p=top_p),
+                samples=1,
+                max_new_tokens=new,
+                stop_ids=stop_ids,
             )
             for b, i in enumerate(members):
-                kept = min(int(drawn.lengths[b]), rows[i].max_new_tokens)
-                outputs[i] = np.asarray(drawn.tokens[b, :kept], np.int32)
+                outputs[i] = drawn.tokens[b, : drawn.lengths[b]]
         return outputs
 
     def _statistics(
@@ -147,31 +148,6 @@ def _score(
         chosen=chosen,
         softcap=decoder.config.logit_softcap,
         inverse_temperature=inverse_temperature,
-    )
-
-
-def _sample(
-    graphdef: nnx.GraphDef[Decoder],
-    params: Any,
-    tokens: Int32[Array, "B T"],
-    lengths: Int32[Array, " B"],
-    seeds: UInt32[Array, " B"],
-    temperature: Float32[Array, ""],
-    top_p: Float32[Array, ""] | None,
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-) -> Generated:
-    return generate(
-        nnx.merge(graphdef, params),
-        tokens,
-        lengths,
-        jax.vmap(jax.random.key)(seeds),
-        samples=1,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        stop_ids=stop_ids,
     )
 
 

@@ -1,15 +1,17 @@
 """The student: one decoder for every supported family, and its weights in Hugging Face format."""
 
 from jaxdistill.students.architecture import DecoderConfig
-from jaxdistill.students.decoder import Cache, Decoder
+from jaxdistill.students.decoder import Cache, Decoder, Remat
 from jaxdistill.students.families import parse_config, read_config
-from jaxdistill.students.weights import StoredDtype, load_decoder, save_decoder
+from jaxdistill.students.weights import StoredDtype, abstract_decoder, load_decoder, save_decoder
 
 __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Remat",
     "StoredDtype",
+    "abstract_decoder",
     "load_decoder",
     "parse_config",
     "read_config",

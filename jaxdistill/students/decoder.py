@@ -11,7 +11,7 @@ in a group, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,21 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.students.architecture import DecoderConfig, LayerKind
 from jaxdistill.students.attention import cached_attention, causal_attention, soft_cap
+from jaxdistill.students.cache import Cache, restored, stored, written
+from jaxdistill.students.embedding import look_up
 from jaxdistill.students.experts import Load, load
 from jaxdistill.students.layer import LayerParams, Turns, layer, layer_shapes, rms_norm
 from jaxdistill.students.rotary import turns
 
+Remat = Literal["layer", "dots", "none"]
 
-class Cache(NamedTuple):
-    """Keys and values of the positions read so far: one pair of [B, S, K, E] buffers per layer."""
 
-    keys: tuple[Float[Array, "B S K E"], ...]
-    values: tuple[Float[Array, "B S K E"], ...]
+class Weights(NamedTuple):
+    """What a decoding step multiplies with, in the compute dtype: each layer's arrays by themselves, and the
+    output embedding. Made once for many steps (`Decoder.weights`)."""
+
+    layers: tuple[LayerParams, ...]
+    output_embedding: Float[Array, "V D"]
 
 
 class Layers(nnx.Module):
@@ -53,8 +58,9 @@ class Decoder(nnx.Module):
     """Token ids in, final-normed hidden states out; the vocabulary product is left to the head.
 
     Rows are right-padded and attention is causal, so padding never reaches a real position and needs
-    no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in, and
-    `activation_sharding` where rows of activations [B, T, D] lie.
+    no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in,
+    `activation_sharding` where rows of activations [B, T, D] lie, and `remat` what of a layer is kept for
+    the backward pass (`scan_layers`).
     """
 
     def __init__(
@@ -64,10 +70,12 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         compute_dtype: Any = jnp.float32,
         activation_sharding: NamedSharding | None = None,
+        remat: Remat = "layer",
     ):
         self.config = config
         self.compute_dtype = compute_dtype
         self.activation_sharding = activation_sharding
+        self.remat: Remat = remat
         table = (config.vocab_size, config.hidden_size)
         scale = config.hidden_size**-0.5
         self.embedding = nnx.Param(
@@ -88,11 +96,11 @@ class Decoder(nnx.Module):
         table = self.embedding if self.config.tied_embeddings else self.head
         return table[...].astype(self.compute_dtype)
 
-    def logits(self, hidden: Float[Array, "*N D"]) -> Float32[Array, "*N V"]:
-        """The logits of a few hidden states; for whole batches there is the tiled head."""
-        product = jnp.einsum(
-            "...d,vd->...v", hidden, self.output_embedding, preferred_element_type=jnp.float32
-        )
+    def logits(self, hidden: Float[Array, "*N D"], weights: Weights | None = None) -> Float32[Array, "*N V"]:
+        """The logits of a few hidden states; for whole batches there is the tiled head. `weights` saves
+        making the output embedding."""
+        table = self.output_embedding if weights is None else weights.output_embedding
+        product = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return soft_cap(product, self.config.logit_softcap)
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -109,20 +117,42 @@ class Decoder(nnx.Module):
         return hidden, None if self.config.experts is None else jax.tree.map(lambda *x: jnp.stack(x), *loads)
 
     def prefill(
-        self, tokens: Int32[Array, "B T"], lengths: Int32[Array, " B"], capacity: int
+        self,
+        tokens: Int32[Array, "B T"],
+        lengths: Int32[Array, " B"],
+        capacity: int,
+        kv_dtype: Any = None,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Read right-padded prompts; return the hidden state of each last token and a cache of
         `capacity` slots per row, of which the first T hold the prompt (pads included: `decode`
-        is told which slots are real)."""
+        is told which slots are real). `kv_dtype` is what the cache is kept in (see `cache.stored`), None for
+        the compute dtype."""
         hidden, made = self._read(tokens, keep=True)
+        dtype = self.compute_dtype if kv_dtype is None else kv_dtype
         room = [(0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0)]
         pairs = [pair for pair, _ in made]
-        keys, values = (tuple(jnp.pad(x, room) for x in side) for side in zip(*pairs, strict=True))
+        keys, values = (
+            tuple(stored(jnp.pad(x, room), dtype) for x in side) for side in zip(*pairs, strict=True)
+        )
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return last, Cache(keys, values)
 
+    def weights(self) -> Weights:
+        """The weights as `decode` reads them.
+
+        One copy of the layers, which pays for itself in the second step: compilers copy a slice of the
+        stacked arrays before they multiply with it, every layer in every step.
+        """
+        stacked = self._layer_params()
+        layers = (
+            jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+            for index in range(self.config.num_layers)
+        )
+        return Weights(tuple(layers), self.output_embedding)
+
     def decode(
         self,
+        weights: Weights,
         tokens: Int32[Array, " B"],
         positions: Int32[Array, " B"],
         slot: Int32[Array, ""],
@@ -137,16 +167,15 @@ class Decoder(nnx.Module):
         c = self.config
         turned = self._turns(positions[:, None])
         x = self._embed(tokens[:, None])
-        stacked = self._layer_params()
         keys, values = list(cache.keys), list(cache.values)
 
         def attend(index: int, kind: LayerKind, query: Array, key: Array, value: Array) -> Array:
-            keys[index] = jax.lax.dynamic_update_slice_in_dim(keys[index], key, slot, axis=1)
-            values[index] = jax.lax.dynamic_update_slice_in_dim(values[index], value, slot, axis=1)
-            return cached_attention(c, kind, query, keys[index], values[index], positions, slot_positions)
+            keys[index] = written(keys[index], key, slot)
+            values[index] = written(values[index], value, slot)
+            read, given = restored(keys[index], query.dtype), restored(values[index], query.dtype)
+            return cached_attention(c, kind, query, read, given, positions, slot_positions)
 
-        for index, kind in enumerate(c.layers):
-            params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+        for index, (kind, params) in enumerate(zip(c.layers, weights.layers, strict=True)):
             x, _ = layer(c, kind, params, x, turned, partial(attend, index, kind), self._mesh)
         return rms_norm(x[:, 0], self.final_norm[...], c), Cache(tuple(keys), tuple(values))
 
@@ -169,7 +198,7 @@ class Decoder(nnx.Module):
             loaded = None if routing is None or real is None else load(routing, real)
             return self._rows(x), (made[0], loaded)
 
-        x, made = scan_layers(c, one, self._embed(tokens), self._layer_params())
+        x, made = scan_layers(c, one, self._embed(tokens), self._layer_params(), self.remat)
         return rms_norm(x, self.final_norm[...], c), made
 
     def _turns(self, positions: Int32[Array, "B T"]) -> Turns:
@@ -180,9 +209,7 @@ class Decoder(nnx.Module):
         }
 
     def _embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Rows are taken in float32 and cast after: the other order adds up the gradients of a frequent
-        # token in bfloat16, where a sum stops growing at 256 ones.
-        x = self.embedding[...][tokens].astype(self.compute_dtype)
+        x = look_up(self.embedding[...], tokens, self.compute_dtype, self._mesh)
         if self.config.embedding_scale != 1.0:
             # Rounded to the compute dtype first, as the reference does.
             x = x * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
@@ -210,20 +237,28 @@ def scan_layers(
     one: Callable[[LayerKind, Array, LayerParams], tuple[Array, Any]],
     x: Float[Array, "B T D"],
     stacked: LayerParams,
+    remat: Remat,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """`one(kind, x, params)` for every layer in turn; returns the last x, and what each layer gave beside.
 
     Layers whose kinds repeat with period G are scanned in groups of G, those left over follow one by one.
-    Only the layers' inputs are kept for the backward pass; the rest of a layer is computed again.
+    What is kept for the backward pass is by `remat` every layer's input alone (`layer`), the results of the
+    products with weights too (`dots`), or all there is (`none`); what is not kept is computed again.
     """
     kinds, period = c.layers, c.period
     groups = c.num_layers // period
-    steps = [jax.checkpoint(partial(one, kind)) for kind in kinds[:period]]
+
+    def member(i: int, x: Array, params: LayerParams) -> tuple[Array, Any]:
+        return one(kinds[i], x, jax.tree.map(lambda leaf: leaf[i], params))
+
+    # A step is given its whole group and takes its layer out by itself: what goes into it is kept for the
+    # backward pass, and that must be the scan's own slice, or all parameters are kept a second time.
+    steps = [_kept(partial(member, i), remat) for i in range(period)]
 
     def group(x: Array, params: LayerParams) -> tuple[Array, list[Any]]:
         extras = []
-        for i, step in enumerate(steps):
-            x, extra = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+        for step in steps:
+            x, extra = step(x, params)
             extras.append(extra)
         return x, extras
 
@@ -232,8 +267,19 @@ def scan_layers(
 
     x, extras = jax.lax.scan(group, x, jax.tree.map(grouped, stacked))
     out = [jax.tree.map(lambda leaf, g=g: leaf[g], extras[i]) for g in range(groups) for i in range(period)]
-    for index in range(groups * period, c.num_layers):
-        params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        x, extra = steps[index % period](x, params)
+    rest = jax.tree.map(lambda leaf: leaf[groups * period :], stacked)
+    for step in steps[: c.num_layers - groups * period]:
+        x, extra = step(x, rest)
         out.append(extra)
     return x, out
+
+
+def _kept(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    match remat:
+        case "layer":
+            return jax.checkpoint(step)
+        case "dots":
+            # Not those of attention, which have as many elements as pairs of positions.
+            return jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case "none":
+            return step

@@ -25,7 +25,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.parallel.rules import param_shardings, rows_sharding
 from jaxdistill.students.architecture import DecoderConfig
 from jaxdistill.students.checkpoint import TOP, Tensor, layer_tensors, stored
-from jaxdistill.students.decoder import Decoder
+from jaxdistill.students.decoder import Decoder, Remat
 from jaxdistill.students.families import read_config
 from jaxdistill.students.tensor_files import Piece, TensorFiles
 
@@ -37,8 +37,15 @@ _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".msg
 SHARD_BYTES = 4 * 2**30
 
 
-def load_decoder(path: str | Path, *, mesh: Mesh | None = None, compute_dtype: Any = jnp.float32) -> Decoder:
-    """Load the model folder `path` with float32 parameters, placed over `mesh` if one is given.
+def load_decoder(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    compute_dtype: Any = jnp.float32,
+    remat: Remat = "layer",
+) -> Decoder:
+    """Load the model folder `path` with float32 parameters, placed over `mesh` if one is given;
+    `compute_dtype` and `remat` as in `Decoder`.
 
     Raises `ConfigError` for a missing folder or file, an unsupported config, a mesh that cannot share out
     its experts, and tensors that are missing, unexpected or of another shape than the config says.
@@ -47,12 +54,9 @@ def load_decoder(path: str | Path, *, mesh: Mesh | None = None, compute_dtype: A
     config = read_config(folder)
     if mesh is not None and mesh.shape["expert"] > 1:
         _check_experts(config, mesh.shape["expert"], folder)
-    activations = None if mesh is None else rows_sharding(mesh, 3)
-
-    def blank() -> Decoder:
-        return Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype, activation_sharding=activations)
-
-    graphdef, abstract = nnx.split(nnx.eval_shape(blank), nnx.Param)
+    graphdef, abstract = nnx.split(
+        abstract_decoder(config, mesh=mesh, compute_dtype=compute_dtype, remat=remat), nnx.Param
+    )
     shapes = nnx.to_pure_dict(abstract)
     reader = _Reader(TensorFiles(folder), layer_tensors(config), config.num_layers, shapes)
     if mesh is None:
@@ -66,6 +70,28 @@ def load_decoder(path: str | Path, *, mesh: Mesh | None = None, compute_dtype: A
         return jax.make_array_from_callback(shape.shape, sharding, lambda piece: read(piece or ()))
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(place, shapes, shardings))
+
+
+def abstract_decoder(
+    config: DecoderConfig,
+    *,
+    mesh: Mesh | None = None,
+    compute_dtype: Any = jnp.float32,
+    remat: Remat = "layer",
+) -> Decoder:
+    """A decoder of shapes without values, for rows that lie on `mesh`."""
+    activations = None if mesh is None else rows_sharding(mesh, 3)
+
+    def blank() -> Decoder:
+        return Decoder(
+            config,
+            rngs=nnx.Rngs(0),
+            compute_dtype=compute_dtype,
+            activation_sharding=activations,
+            remat=remat,
+        )
+
+    return nnx.eval_shape(blank)
 
 
 def _check_experts(config: DecoderConfig, devices: int, folder: Path) -> None:

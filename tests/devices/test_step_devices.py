@@ -1,16 +1,18 @@
-"""Three training steps on one device and on eight give the same losses and parameters."""
+"""Three training steps on one device and on eight give the same losses and parameters, and the compiled step
+moves and keeps no more than it must."""
 
+import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-WORKER = Path(__file__).with_name("three_steps.py")
-ABOUT_THE_RUN = ("devices", "sharded_parameters", "largest_gathered")
+from tests.devices.compiled_text import Collective
+from tests.devices.workers import run_worker
+
+ABOUT_THE_RUN = ("devices", "sharded_parameters", "collectives", "held", "aliased", "misplaced_moments")
+VOCAB, HIDDEN = 96, 32
 EXPERTS_OF_A_LAYER = math.prod((8, 32, 24))  # elements of one of the three kernels in three_steps.py
 
 
@@ -21,20 +23,16 @@ def one_device(tmp_path_factory):
 
     def of(model: str) -> dict[str, np.ndarray]:
         if model not in found:
-            found[model] = run(tmp_path_factory.mktemp(model) / "out.npz", model, 1, "1,1,1,1")
+            found[model], _ = run(tmp_path_factory.mktemp(model) / "out.npz", model, 1, "1,1,1,1")
         return found[model]
 
     return of
 
 
-def run(out: Path, model: str, devices: int, mesh: str) -> dict[str, np.ndarray]:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    subprocess.run([sys.executable, str(WORKER), model, mesh, str(out)], env=environment, check=True)
-    return dict(np.load(out))
+def run(out: Path, model: str, devices: int, mesh: str) -> tuple[dict[str, np.ndarray], str]:
+    """What three_steps.py found, and the compiler's complaints."""
+    complaints = run_worker("three_steps", model, mesh, out, devices=devices)
+    return dict(np.load(out)), complaints
 
 
 @pytest.mark.parametrize(
@@ -49,14 +47,36 @@ def run(out: Path, model: str, devices: int, mesh: str) -> dict[str, np.ndarray]
     ],
 )
 def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, tmp_path, model, mesh):
-    many, one = run(tmp_path / "out.npz", model, 8, mesh), one_device(model)
+    (many, complaints), one = run(tmp_path / "out.npz", model, 8, mesh), one_device(model)
     assert many.keys() == one.keys()
     assert int(many["devices"]) == 8 and int(one["devices"]) == 1
     for name, value in one.items():
         if name not in ABOUT_THE_RUN:
             np.testing.assert_allclose(many[name], value, atol=1e-5, err_msg=name)
     assert many["sharded_parameters"] > 5  # the mesh is used, not just present
+    assert many["sampler_recompiles"] == 0  # smaller batches lie as they were compiled for
+    assert "rematerialization" not in complaints  # nothing is replicated for want of a better way
+    # The state is updated where it lies, its moments as spread as the parameters.
+    assert many["misplaced_moments"] == 0
+    data, *_, tensor = map(int, mesh.split(","))
+    assert many["held"] < 1.1 * one["held"] * data / 8  # all axes but `data` split parameters
+    assert many["aliased"] >= many["held"] and one["aliased"] >= one["held"]
+    found = [
+        Collective(kind, tuple(map(tuple, shapes)), looped)
+        for kind, shapes, looped in json.loads(str(many["collectives"]))
+    ]
+    check_vocabulary(found, tensor)
     if model == "experts":
         # Without the axis every device has all experts in its hands at some time, with it never.
         spread = mesh.split(",")[2] != "1"
-        assert (many["largest_gathered"] < EXPERTS_OF_A_LAYER) == spread
+        largest = max(each.largest for each in found if each.kind == "all-gather")
+        assert (largest < EXPERTS_OF_A_LAYER) == spread
+
+
+def check_vocabulary(found: list[Collective], tensor: int) -> None:
+    """Of what is as wide as the vocabulary, matrices alone travel, and none of them in a loop."""
+    widths = {VOCAB, VOCAB // tensor}
+    wide = [(shape, each.looped) for each in found for shape in each.shapes if widths & set(shape)]
+    assert wide
+    for shape, looped in wide:
+        assert len(shape) == 2 and math.prod(shape) <= VOCAB // tensor * HIDDEN and not looped, shape

@@ -1,30 +1,34 @@
 """Run by test_step_devices.py in a process of its own: `three_steps.py MODEL MESH OUT.npz`.
 
 Three training steps of MODEL (`dense` or `experts`) on MESH (`data,fsdp,expert,tensor`), then the trained
-policy samples. Beside it a checkpoint is loaded onto the mesh.
+policy samples. Beside it a checkpoint is loaded onto the mesh, and the compiled step is read.
 """
 
-import math
-import re
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from jaxdistill.batch import Batch
+from jaxdistill.losses import head
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
+from jaxdistill.metrics import CompileCounter
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings, place_batch
 from jaxdistill.parallel.rules import rows_sharding
-from jaxdistill.samplers import generate
-from jaxdistill.step import initial_state, make_train_step
+from jaxdistill.samplers import Generator, sampling_params
+from jaxdistill.step import TrainState, initial_state, make_train_step
 from jaxdistill.students import Decoder, load_decoder, parse_config
+from tests.devices.compiled_text import collectives
 
+VOCAB = 96  # no other axis of the model has as many, or half as many, elements
 SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
+    "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -42,7 +46,7 @@ CONFIGS = {
 # A checkpoint with several parameters in one tensor, and one with a parameter in several.
 CHECKPOINTS = {"dense": "phi3", "experts": "qwen3_moe"}
 PARITY = Path(__file__).parents[1] / "golden" / "parity"
-ROWS, LENGTH = 8, 16
+ROWS, LENGTH, TILE = 8, 40, 20
 
 
 def make_batch(seed: int) -> Batch:
@@ -52,7 +56,7 @@ def make_batch(seed: int) -> Batch:
     chunk = np.where(response, (np.arange(LENGTH)[None] - 5) // 2, -1).astype(np.int32)
     teacher = rng.uniform(-6, 0, (ROWS, LENGTH)).astype(np.float32)
     return Batch(
-        tokens=rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32),
+        tokens=rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32),
         response_mask=response,
         loss_mask=response,
         behavior_logprobs=np.where(response, -4.0, 0.0).astype(np.float32),
@@ -66,38 +70,45 @@ def make_batch(seed: int) -> Batch:
     )
 
 
-def sample(graphdef, params, mesh) -> np.ndarray:
-    """16 prompts of different lengths, two samples each: ids [32, 6]."""
-    tokens = np.random.default_rng(9).integers(0, 64, (16, 5)).astype(np.int32)
+def sample(graphdef, params, mesh) -> tuple[np.ndarray, int]:
+    """16 prompts of different lengths, two samples each, in segments that rows leave: ids [32, 24], and how
+    many programs the second of two calls compiled."""
+    tokens = np.random.default_rng(9).integers(0, VOCAB, (16, 5)).astype(np.int32)
     lengths = (1 + np.arange(16) % 5).astype(np.int32)
+    generator = Generator(graphdef, mesh=mesh, ahead=True, segment=6)
+    split = jax.jit(lambda key: jax.random.split(key, 32), out_shardings=rows_sharding(mesh))
+    compiles = CompileCounter()
 
-    @jax.jit
-    def run(params, tokens, lengths):
-        keys = jax.random.split(jax.random.key(4), 32)
-        return generate(
-            nnx.merge(graphdef, params),
-            tokens,
-            lengths,
-            keys,
-            samples=2,
-            max_new_tokens=6,
-            temperature=np.float32(1.0),
-            stop_ids=(3,),
-        )
+    def draw(limits: np.ndarray) -> np.ndarray:
+        keys = split(jax.random.key(4))
+        limits = limits.astype(np.int32)
+        settings = {"samples": 2, "max_new_tokens": 24, "stop_ids": (3,)}
+        return generator(params, tokens, lengths, limits, keys, sampling_params(1.0), **settings).tokens
 
-    return np.asarray(run(params, *place_batch((tokens, lengths), mesh)).tokens)
+    draw(np.full(16, 24))
+    before = compiles.programs
+    drawn = draw(np.where(np.arange(16) % 5 == 0, 24, 6))  # most leave after one segment
+    return drawn, compiles.programs - before
 
 
-def largest_gathered(program: str) -> int:
-    """Elements of the largest array that an all-gather of a compiled program makes; 0 without any."""
-    made = re.findall(r"= (.*?) all-gather(?:-start)?\(", program)
-    shapes = [shape for each in made for shape in re.findall(r"\[([\d,]*)\]", each.split("{")[0])]
-    return max((math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes), default=0)
+def bytes_of_device(arrays: Any) -> int:
+    """What one device holds of them."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays))
+
+
+def misplaced_moments(state: TrainState) -> int:
+    """How many of Adam's moments do not lie as their parameters do."""
+    moments = [optax.tree.get(state.opt_state, name) for name in ("mu", "nu")]
+    alike = jax.tree.map(
+        lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), moments, [state.params] * 2
+    )
+    return sum(not one for one in jax.tree.leaves(alike))
 
 
 def main(model: str, sizes: str, out: str) -> None:
     config = CONFIGS[model]
     data, fsdp, expert, tensor = (int(size) for size in sizes.split(","))
+    head.TILE_LOGITS = VOCAB * TILE  # of one row, which is what each of eight devices has
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
     graphdef, variables = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
     graphdef = nnx.split(Decoder(config, rngs=nnx.Rngs(0), activation_sharding=rows_sharding(mesh, 3)))[0]
@@ -110,11 +121,12 @@ def main(model: str, sizes: str, out: str) -> None:
     objective = ReverseKL(ReverseKLConfig(credit="lookahead"))
     step = make_train_step(graphdef, objective, optimizer, state, mesh, router_aux_coefficient=0.1)
     compiled = step.lower(state, place_batch(make_batch(0), mesh)).compile()
+    held = bytes_of_device(state)
     losses = []
     for number in range(3):
         state, metrics = compiled(state, place_batch(make_batch(number), mesh))
         losses.append([metrics[name].value for name in ("loss", "router_balance") if name in metrics])
-    sampled = sample(graphdef, state.params, mesh)
+    sampled, sampler_recompiles = sample(graphdef, state.params, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in leaves)
     loaded = nnx.state(load_decoder(PARITY / CHECKPOINTS[model], mesh=mesh), nnx.Param)
@@ -124,9 +136,13 @@ def main(model: str, sizes: str, out: str) -> None:
         out,
         losses=np.array(losses),
         sampled=sampled,
+        sampler_recompiles=np.array(sampler_recompiles),
         devices=np.array(len(jax.devices())),
         sharded_parameters=np.array(sharded),
-        largest_gathered=np.array(largest_gathered(compiled.as_text())),
+        collectives=np.array(json.dumps(collectives(compiled.as_text()))),
+        held=np.array(held),
+        aliased=np.array(compiled.memory_analysis().alias_size_in_bytes),
+        misplaced_moments=np.array(misplaced_moments(state)),
         **arrays,
     )
 

@@ -33,7 +33,9 @@ def no_messages(tmp_path) -> str:
         (["teacher.model=no/such/model"], ["no/such/model"]),
         (["data.path=no/such.jsonl"], ["no/such.jsonl"]),
         (["data.path={bad}"], ["bad.jsonl line 2", "messages"]),
-        (["rollout.temperature=0.7"], ["temperature", "temperature_mismatch"]),
+        (["rollout.temperature=0.7"], ["rollout.temperature=0.7", "temperature_mismatch"]),
+        (["rollout.top_k=5"], ["rollout.top_k=5", "temperature_mismatch"]),
+        (["rollout.stop=['']"], ["empty stop string"]),
         (["rollout.max_prompt_tokens=500"], ["548", "512"]),
         (["mesh.tensor=3"], ["mesh.tensor=3", "1 cpu device"]),
         (["data.prompts_per_step=5000"], ["5000", "1024 rows"]),
@@ -87,11 +89,12 @@ def test_a_folder_that_cannot_be_written(train, tmp_path):
     one_message(train(blocker / "run"), 2, "cannot be written")
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(train, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(train, unchecked, tmp_path):
     folder = tmp_path / "run"
     result = train(folder, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "credit: lookahead" in result.stdout and "8 rows, lengths [80]" in result.stdout
+    assert "memory of each device, 8 rows of 80 tokens" in result.stdout and "a step takes" in result.stdout
     assert not folder.exists()
 
 

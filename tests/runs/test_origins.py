@@ -58,6 +58,7 @@ def test_references_are_scored_and_the_headline_is_of_the_student_alone(train, s
     assert none.returncode == 2 and "has no reference" in none.stderr
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train, served, data, sft, tmp_path):
     small = (*served, f"data.path={data}", "run.steps=2", "eval.prompts=2")
 

@@ -1,11 +1,15 @@
 """Ragged records into static shapes."""
 
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 
 from jaxdistill.errors import DataError
-from jaxdistill.packing import ShapesConfig, pack
+from jaxdistill.packing import ShapesConfig, blank, pack
 from jaxdistill.records import Prompt, Rollout, Targets, TokenSpans
+from tests.unit.losses.batches import LENGTH, LISTED, ROWS, make_batch
 
 
 def rollout(prompt_length: int, response_length: int, version: int = 0) -> Rollout:
@@ -49,6 +53,16 @@ def test_each_row_holds_its_prompt_then_its_response_and_nothing_else():
     assert not batch.response_mask[2].any()
 
 
+def test_what_the_model_gave_a_token_is_kept_beside_what_it_was_drawn_with():
+    row = rollout(3, 2)
+    batch = pack(
+        [row, replace(row, model_logprobs=np.array([-1, -2], np.float32))], [None, None], buckets=[8], rows=2
+    )
+    np.testing.assert_array_equal(batch.behavior_logprobs[:, 3:6], [[-0.5, -0.5, 0]] * 2)
+    assert batch.model_logprobs is not None
+    np.testing.assert_array_equal(batch.model_logprobs[:, 3:6], [[-0.5, -0.5, 0], [-1, -2, 0]])
+
+
 def test_a_row_beyond_the_largest_bucket_is_named_with_the_remedy():
     with pytest.raises(DataError, match=r"row of 9 tokens.*shapes\.buckets=\[4, 8\].*max_new_tokens"):
         pack([rollout(5, 4)], [None], buckets=[4, 8], rows=1)
@@ -58,3 +72,14 @@ def test_buckets_ascend():
     assert ShapesConfig(buckets=(4, 8)).buckets == (4, 8)
     with pytest.raises(ValueError, match="ascending"):
         ShapesConfig(buckets=(8, 4))
+
+
+def test_a_blank_batch_has_the_shapes_of_a_full_one_and_nothing_in_it():
+    full = make_batch()
+    full = replace(full, model_logprobs=full.behavior_logprobs)  # packed rows always have them
+    empty = blank(ROWS, LENGTH, {"projection": LISTED, "shared": LISTED, "end": 0})
+    assert jax.tree.structure(empty) == jax.tree.structure(full)
+    for got, expected in zip(jax.tree.leaves(empty), jax.tree.leaves(full), strict=True):
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    assert not empty.weight.any() and not empty.projection.mask.any() and (empty.shared.ids == -1).all()
+    assert blank(2, 5, {}).projection is None

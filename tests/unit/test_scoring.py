@@ -44,6 +44,14 @@ def test_chunks_and_the_end_of_turn_count_and_bytes_divide():
     assert values["exact_fraction"].value == 0.5
 
 
+def test_the_divergence_is_the_models_whatever_the_row_was_drawn_with():
+    one = scored([b"a", b"b", 1], [b"a", b"b", 1], [-1, -1, -1], [-2, -2, -2])
+    model = np.array([-1.5, -1.5, -1.5], np.float32)
+    drawn_hot = replace(one, rollouts=[replace(one.rollouts[0], model_logprobs=model)])
+    assert distillation_metrics(one)["reverse_kl_per_byte"].value == pytest.approx(1.5)
+    assert distillation_metrics(drawn_hot)["reverse_kl_per_byte"].value == pytest.approx(0.75)
+
+
 def test_a_special_token_without_a_partner_is_in_no_sum():
     with_mark = scored([b"a", OTHER_SPECIAL, b"b", 1], [b"a", b"b", 1], [-1, -50, -1, -1], [-2, -2, -2])
     without = scored([b"a", b"b", 1], [b"a", b"b", 1], [-1, -1, -1], [-2, -2, -2])

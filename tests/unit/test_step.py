@@ -1,8 +1,10 @@
-"""One update by the jitted step: in parts as whole, and what weight decay leaves alone."""
+"""One update by the jitted step: in parts as whole, whatever of a layer is kept, and what weight decay leaves
+alone."""
 
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -75,3 +77,31 @@ def test_weight_decay_is_of_matrices_alone():
     assert moved == {"embedding": True, "final_norm": False, "head": True}
     kept = {name for name, x in layers.items() if not x}
     assert kept == {"attention_norm", "mlp_norm", "query_bias", "key_bias", "value_bias"}
+
+
+def test_what_is_kept_of_a_layer_changes_work_alone():
+    """The gradient of every remat policy is the same; the less is kept, the more products are computed."""
+    tokens = jnp.asarray(make_batch().tokens)
+    gradients, products = {}, {}
+    for remat in ("layer", "dots", "none"):
+        graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat), nnx.Param)
+
+        def value(params, graphdef=graphdef):
+            return jnp.square(nnx.merge(graphdef, params)(tokens)).sum()
+
+        params = nnx.to_pure_dict(params)
+        program = jax.make_jaxpr(jax.grad(value))(params)
+        products[remat] = str(program).count("dot_general[")
+        gradients[remat] = jax.jit(jax.grad(value))(params)
+        if remat == "layer":
+            # The pass over the layers gives its result and their inputs, and not the parameters again.
+            scan = next(e for e in program.eqns if e.primitive.name == "scan")
+            rows = (ROWS, LENGTH, CONFIG.hidden_size)
+            assert [v.aval.shape for v in scan.outvars] == [rows, (CONFIG.num_layers, *rows)]
+    assert products["layer"] > products["dots"] > products["none"]
+    for remat in ("dots", "none"):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+            gradients[remat],
+            gradients["layer"],
+        )

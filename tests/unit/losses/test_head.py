@@ -42,7 +42,7 @@ def test_value_metrics_and_gradient_equal_the_plain_product(inputs, tile):
     hidden, embedding, targets = inputs
 
     def tiled(h, e):
-        return head.tile_objective(objective, tile, h, e, targets)
+        return head.tile_objective(objective, tile, None, h, e, targets)
 
     (value, sums), gradients = jax.value_and_grad(tiled, (0, 1), has_aux=True)(hidden, embedding)
     (expected, expected_sums), expected_gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(
@@ -59,7 +59,7 @@ def test_the_gradient_follows_the_scale_of_the_loss(inputs):
     hidden, embedding, targets = inputs
 
     def scaled(h, scale):
-        return scale * head.tile_objective(objective, 5, h, embedding, targets)[0]
+        return scale * head.tile_objective(objective, 5, None, h, embedding, targets)[0]
 
     one, three = (jax.grad(scaled)(hidden, jnp.float32(s)) for s in (1, 3))
     np.testing.assert_allclose(three, 3 * one, rtol=1e-6)
@@ -93,7 +93,7 @@ def test_temporary_memory_stays_far_below_the_logits():
 
     def loss(h, e, tokens):
         targets = {"tokens": tokens, "mask": jnp.ones(tokens.shape, bool)}
-        return head.tile_objective(objective, 32, h, e, targets)[0]
+        return head.tile_objective(objective, 32, None, h, e, targets)[0]
 
     compiled = (
         jax.jit(jax.grad(loss, (0, 1)))

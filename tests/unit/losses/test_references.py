@@ -172,7 +172,8 @@ def surrogate(lp, batch, advantage, mask, epsilon=0.2):
 def projected(lp, batch):
     """Advantage over its root mean square (with a floor of 0.01 nats), then the reward at half weight on all
     response tokens."""
-    advantage = np.clip(batch.projection.logprob - batch.behavior_logprobs, -10, 10).astype(np.float64)
+    own = batch.behavior_logprobs if batch.model_logprobs is None else batch.model_logprobs
+    advantage = np.clip(batch.projection.logprob - own, -10, 10).astype(np.float64)
     square = mean_over(batch, batch.projection.mask, lambda b, t: advantage[b, t] ** 2)
     advantage = (
         np.where(batch.projection.mask, advantage / np.sqrt(square + 0.01**2), 0)
@@ -255,6 +256,18 @@ def test_value_and_gradient_are_those_of_the_formula(name):
         wanted = (up - down) / (2 * step)
         got = float((np.asarray(d_hidden, np.float64) * direction).sum())
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ratio_is_to_what_was_drawn_from_and_the_advantage_is_against_the_model():
+    """Rows of a filtered distribution, whose log-probabilities are not the model's."""
+    objective, reference = CASES["projected with reward"]
+    batch, (hidden, embedding) = make_batch(seed=3), weights()
+    model = batch.behavior_logprobs - np.random.default_rng(1).uniform(0, 2, batch.tokens.shape)
+    other = replace(batch, model_logprobs=model.astype(np.float32))
+    values = [loss_and_gradient(objective, on_device(one), hidden, embedding)[0] for one in (batch, other)]
+    lp = student_logprobs(hidden, embedding)
+    np.testing.assert_allclose(values, [reference(lp, batch), reference(lp, other)], rtol=1e-5, atol=1e-5)
+    assert abs(values[0] - values[1]) > 1e-2
 
 
 def textbook(batch, teacher):

@@ -91,8 +91,10 @@ def test_a_sum_asks_for_what_its_terms_ask_for():
     assert config.needs == {"projection", "end"}
     assert config.needs_teacher
     assert config.reads_chunks is False
-    with pytest.raises(ValueError, match="temperature"):
-        config.check_temperature(0.7)
+    for name in ("temperature", "top_k"):
+        with pytest.raises(ValueError, match=f"rollout.{name}=0.7.*temperature_mismatch"):
+            config.check_sampling({name: 0.7})
+    config.check_sampling({})
     off = SumConfig(terms=(TermConfig(objective=SFTConfig()),))
     assert not off.needs_teacher
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdistill.samplers import generate
+from jaxdistill.metrics import CompileCounter
+from jaxdistill.samplers import Generator, decoding, sampling_params
 from jaxdistill.students import Decoder, parse_config
 
 VOCAB, STOP = 40, 3
@@ -36,25 +37,36 @@ PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 
 
 def run(
-    decoder, prompts, *, width=5, samples=2, new=8, temperature=1.0, top_p=None, seeds=None, stops=(STOP,)
+    decoder,
+    prompts,
+    *,
+    width=5,
+    samples=2,
+    new=8,
+    seeds=None,
+    stops=(STOP,),
+    segment=8,
+    limits=None,
+    ended=None,
+    kv_dtype=None,
+    **params,
 ):
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)] = ids
     numbers = range(len(prompts) * samples) if seeds is None else seeds
-    keys = jax.vmap(jax.random.key)(jnp.asarray(list(numbers), jnp.uint32))
-    return jax.device_get(
-        generate(
-            decoder,
-            jnp.asarray(tokens),
-            jnp.asarray([len(p) for p in prompts], jnp.int32),
-            keys,
-            samples=samples,
-            max_new_tokens=new,
-            temperature=jnp.float32(temperature),
-            stop_ids=stops,
-            top_p=None if top_p is None else jnp.float32(top_p),
-        )
+    graphdef, weights = nnx.split(decoder)
+    return Generator(graphdef, segment=segment, kv_dtype=kv_dtype)(
+        weights,
+        tokens,
+        np.array([len(p) for p in prompts], np.int32),
+        np.full(len(prompts), new, np.int32) if limits is None else np.array(limits, np.int32),
+        jax.vmap(jax.random.key)(jnp.asarray(list(numbers), jnp.uint32)),
+        sampling_params(**{"temperature": 1.0} | params),
+        samples=samples,
+        max_new_tokens=new,
+        stop_ids=stops,
+        ended=ended,
     )
 
 
@@ -135,3 +147,107 @@ def test_the_nucleus_is_the_fewest_tokens_with_that_much_of_the_probability(deco
     assert set(drawn.tolist()) == set(order[:size].tolist())
     assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / count) + 1e-3).all()
     np.testing.assert_allclose(out.logprobs[:, 0], np.log(expected[drawn]), atol=1e-4)
+
+
+def test_rows_that_are_done_leave_and_the_others_are_what_they_would_have_been(decoder, monkeypatch):
+    """Short segments against one segment that holds all steps and drops nobody."""
+    sizes = []
+    taken = decoding._taken
+    monkeypatch.setattr(
+        decoding, "_taken", lambda mesh, rows, order: sizes.append(len(order)) or taken(mesh, rows, order)
+    )
+    stops = (STOP, 4, 5, 6, 7)
+    whole = run(decoder, PROMPTS, samples=4, new=24, segment=24, stops=stops)
+    assert not sizes and len(set(whole.lengths.tolist())) > 3 and whole.stopped.all()
+    parts = run(decoder, PROMPTS, samples=4, new=24, segment=5, stops=stops)
+    assert sizes == [6, 3]  # each traced once
+    for name in ("tokens", "lengths", "stopped"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+    for name in ("logprobs", "model_logprobs"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=0, atol=2e-6)
+
+
+def test_a_generator_that_compiles_ahead_compiles_nothing_later(decoder):
+    compiles = CompileCounter()
+    graphdef, weights = nnx.split(decoder)
+    generator = Generator(graphdef, ahead=True, segment=4)
+    keys = jax.jit(jax.vmap(jax.random.key))
+
+    def draw(seed):
+        return generator(
+            weights,
+            np.full((8, 5), 9, np.int32),
+            np.full(8, 5, np.int32),
+            np.full(8, 16, np.int32),
+            keys(np.arange(8, dtype=np.uint32) + np.uint32(seed)),
+            sampling_params(1.0),
+            samples=1,
+            max_new_tokens=16,
+            stop_ids=(STOP, 4, 5, 6, 7),
+        )
+
+    draw(0)
+    first = compiles.programs
+    ends = [np.sort(draw(seed).lengths) for seed in range(8, 80, 8)]
+    assert compiles.programs == first > 0
+    compiles.close()
+    assert any(one[3] <= 4 < one[-1] for one in ends)  # half was done after a segment, and it went on
+
+
+def test_a_prompt_has_its_own_limit_and_padding_none_of_the_work(decoder):
+    free = run(decoder, PROMPTS, new=8, stops=())
+    bound = run(decoder, PROMPTS, new=8, stops=(), limits=(3, 0, 8), segment=4)
+    assert bound.lengths.tolist() == [3, 3, 0, 0, 8, 8] and not bound.stopped.any()
+    for row, length in enumerate(bound.lengths):
+        np.testing.assert_array_equal(bound.tokens[row, :length], free.tokens[row, :length])
+        assert not bound.tokens[row, length:].any()
+
+
+def test_whoever_is_asked_may_end_a_response_in_the_middle_of_a_segment(decoder):
+    asked = []
+
+    def ended(row, ids):
+        asked.append((row, len(ids)))
+        return {0: 2, 3: 4}.get(row) if len([r for r, _ in asked if r == row]) == 2 else None
+
+    free = run(decoder, PROMPTS, new=12, stops=())
+    cut = run(decoder, PROMPTS, new=12, stops=(), segment=4, ended=ended)
+    assert cut.lengths.tolist() == [6, 12, 12, 8, 12, 12]
+    assert cut.stopped.tolist() == [True, False, False, True, False, False]
+    assert asked.count((0, 4)) == 2 and asked.count((1, 4)) == 3
+    for row, length in enumerate(cut.lengths):
+        np.testing.assert_array_equal(cut.tokens[row, :length], free.tokens[row, :length])
+        assert not cut.tokens[row, length:].any() and not cut.logprobs[row, length:].any()
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.7}, {"top_k": 5}, {"temperature": 1.5, "top_p": 0.7, "min_p": 0.1}]
+)
+def test_the_models_log_probability_is_kept_beside_that_of_what_was_drawn_from(decoder, params):
+    out = run(decoder, PROMPTS, stops=(), **params)
+    for row in range(len(out.lengths)):
+        expected = rescore(decoder, PROMPTS[row // 2], out.tokens[row].tolist())
+        np.testing.assert_allclose(out.model_logprobs[row], expected, atol=1e-5)
+    if params:
+        assert np.abs(out.logprobs - out.model_logprobs).max() > 0.1
+    else:
+        np.testing.assert_array_equal(out.logprobs, out.model_logprobs)
+
+
+def test_greedy_with_filters_is_greedy(decoder):
+    plain = run(decoder, PROMPTS, temperature=0.0)
+    kept = run(decoder, PROMPTS, temperature=0.0, top_k=2, top_p=0.1, min_p=0.9)
+    for one, other in zip(plain, kept, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("kv_dtype", "error"), [("float32", 0.0), ("bfloat16", 0.02), ("int8", 0.05)])
+def test_a_smaller_cache_is_close(decoder, kv_dtype, error):
+    """The first tokens are the same ones; what they were drawn with differs by what the cache lost."""
+    full = run(decoder, PROMPTS, samples=4, new=4, stops=())
+    small = run(decoder, PROMPTS, samples=4, new=4, stops=(), kv_dtype=jnp.dtype(kv_dtype))
+    same = np.logical_and.accumulate(full.tokens == small.tokens, axis=1)
+    assert same[:, 0].all() and same.mean() > 0.8
+    np.testing.assert_allclose(small.logprobs[same], full.logprobs[same], rtol=0, atol=error + 1e-6)
+    if error:
+        assert np.abs(small.logprobs[same] - full.logprobs[same]).max() > 1e-5

@@ -92,6 +92,7 @@ def test_greedy_continuation_through_the_cache_is_that_of_transformers(
     capacity = len(prompt) + len(continuation)
     lengths = jnp.array([len(prompt)], jnp.int32)
     hidden, cache = decoder.prefill(jnp.asarray(prompt)[None], lengths, capacity)
+    weights = decoder.weights()
     decode = nnx.jit(lambda decoder, *args: decoder.decode(*args))
     ids: list[int] = []
     for slot in range(len(prompt), capacity):
@@ -99,7 +100,7 @@ def test_greedy_continuation_through_the_cache_is_that_of_transformers(
         token, position = jnp.array(ids[-1:], jnp.int32), jnp.array([slot], jnp.int32)
         places = jnp.arange(capacity, dtype=jnp.int32)[None]
         places = jnp.where(places <= slot, places, EMPTY_SLOT)
-        hidden, cache = decode(decoder, token, position, jnp.int32(slot), places, cache)
+        hidden, cache = decode(decoder, weights, token, position, jnp.int32(slot), places, cache)
     assert ids == continuation.tolist()
 
 

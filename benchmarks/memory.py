@@ -1,0 +1,123 @@
+"""Bytes of a device at real shapes, as the compiler counts them, beside the formula.
+
+`python benchmarks/memory.py [--only NAME]... [--smoke] [--out FILE]`. Whole steps of Qwen3-8B and
+Qwen3-30B-A3B and the head alone at two vocabularies are compiled for eight virtual devices from shapes alone;
+nothing is placed or run. Each line says how far `memory_analysis()` and the formula of `shapes.py` are
+apart: the larger over the smaller, at most 1.3.
+
+Everything is compiled in float32. XLA's CPU backend has no bfloat16 products: it widens what goes into them,
+weights included, and its count of a bfloat16 step is of those copies.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+
+# How many devices there are is settled as jax starts.
+import jax  # noqa: E402
+from measure import figure, finish  # noqa: E402
+from shapes import FLOAT, head_bytes, parameter_count, temporary_bytes  # noqa: E402
+
+from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig  # noqa: E402
+from jaxdistill.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
+from jaxdistill.packing import blank  # noqa: E402
+from jaxdistill.parallel import MeshConfig, make_mesh  # noqa: E402
+from jaxdistill.planner import head_memory, step_memory, target_shapes  # noqa: E402
+from jaxdistill.students import abstract_decoder, parse_config  # noqa: E402
+
+LIMIT = 1.3
+# The published config.json of each, as far as it tells shapes.
+QWEN3_8B = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+}  # fmt: skip
+SMALL = {"num_hidden_layers": 3, "vocab_size": 4096}  # of --smoke
+OBJECTIVE = ReverseKL(ReverseKLConfig(credit="lookahead"))
+
+
+def apart(measured: int, formula: int) -> float:
+    """The larger over the smaller."""
+    return max(measured / formula, formula / measured)
+
+
+def step_row(name: str, raw: dict[str, Any], mesh_sizes: dict[str, int], length: int) -> dict[str, Any]:
+    """The whole step, one row of `length` tokens on each device: everything a device holds."""
+    config, mesh = parse_config(raw, where=name), make_mesh(MeshConfig(**mesh_sizes))
+    memory = step_memory(
+        abstract_decoder(config, mesh=mesh),
+        OBJECTIVE,
+        make_optimizer(OptimizerConfig(), 10),
+        blank(DEVICES, length, {}),
+        mesh,
+    )
+    parts = temporary_bytes(config, 1, length, DEVICES, expert=mesh.shape["expert"])
+    parameters = FLOAT * parameter_count(config) // DEVICES
+    formula = {"parameters": parameters, "optimizer": 2 * parameters, **parts}
+    measured = {
+        "parameters": memory.parameters,
+        "optimizer": memory.optimizer,
+        "batch": memory.batch,
+        "temporary": memory.temporary,
+        "head_alone": memory.head,
+    }
+    row = figure(f"{name}: step and formula", apart(memory.total, sum(formula.values())), "ratio", LIMIT)
+    shape = {"mesh": mesh_sizes, "rows_of_device": 1, "length": length}
+    return row | {"shape": shape, "bytes": measured, "formula": formula}
+
+
+def head_row(vocab: int, hidden: int, length: int) -> dict[str, Any]:
+    """The head alone on one device."""
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    targets = target_shapes(OBJECTIVE, blank(1, length, {}))
+    measured = head_memory(OBJECTIVE, targets, (vocab, hidden), jax.numpy.float32, mesh)
+    formula = head_bytes(1, length, hidden, vocab, gathered=False)
+    row = figure(f"head, V={vocab}: temporary and formula", apart(measured, formula), "ratio", LIMIT)
+    shape = {"rows": 1, "length": length, "hidden": hidden}
+    return row | {"shape": shape, "bytes": measured, "formula": formula}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", help="part of a name; may be given several times")
+    parser.add_argument("--smoke", action="store_true", help="few layers and ids: does it run at all")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    small = SMALL if options.smoke else {}
+    length = 256 if options.smoke else 3072
+    work = {
+        "head 151936": lambda: head_row(151_936, 4096, length),
+        "head 262144": lambda: head_row(262_144, 4096, length),
+        "Qwen3-8B": lambda: step_row("Qwen3-8B", QWEN3_8B | small, {"fsdp": DEVICES}, length),
+        "Qwen3-30B-A3B": lambda: step_row(
+            "Qwen3-30B-A3B", QWEN3_30B_A3B | small, {"fsdp": 1, "expert": DEVICES}, length
+        ),
+    }
+    rows = []
+    for name, measure in work.items():
+        if options.only is None or any(part in name for part in options.only):
+            row = measure()
+            if options.smoke:  # at these shapes what no formula counts is not small
+                row = {key: value for key, value in row.items() if key not in ("at_most", "ok")}
+            rows.append(row)
+            print(json.dumps(rows[-1]), flush=True)
+    return finish(rows, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
