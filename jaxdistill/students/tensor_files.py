@@ -80,6 +80,6 @@ class TensorFiles:
         if (found := self._tensors[name].shape) != shape:
             raise ConfigError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
 
-    def view(self, name: str, piece: Piece) -> np.ndarray:
-        """A piece of a tensor as it lies in its file: to be copied, not kept."""
-        return self._tensors[name][piece]
+    def read(self, name: str, piece: Piece) -> np.ndarray:
+        """A piece of a tensor as float32, in memory of its own."""
+        return np.array(self._tensors[name][piece], np.float32)

@@ -139,25 +139,22 @@ class _Reader:
         """The piece of parameter `name`, in the decoder's layout: layers first, then experts where it has
         them, kernels [in, out]."""
         if name in TOP:
-            return np.array(self._files.view(TOP[name], piece), np.float32)
+            return self._files.read(TOP[name], piece)
         parts = self._parts[name]
         layers, *inner = piece
         if by_expert := parts[0][0].expert is not None:
             experts, *inner = inner
             parts = parts[experts]
         numbers = range(*layers.indices(self._layers))
-        views = [self._view(*part, layer, inner) for layer in numbers for part in parts]
-        found = np.empty((len(views), *views[0].shape), np.float32)
-        for number, view in enumerate(views):
-            found[number] = view  # read, turned and widened in one go
+        found = np.stack([self._read(*part, layer, inner) for layer in numbers for part in parts])
         return found.reshape(len(numbers), len(parts), *found.shape[1:]) if by_expert else found
 
-    def _view(self, tensor: Tensor, part: int, layer: int, piece: list[slice]) -> np.ndarray:
-        """A piece of one part of a tensor of a layer as it lies in its file, kernels turned to [in, out]."""
+    def _read(self, tensor: Tensor, part: int, layer: int, piece: list[slice]) -> np.ndarray:
+        """A piece of one part of a tensor of a layer, kernels [in, out]."""
         *others, out = piece
         start = sum(tensor.rows[:part])
         first, last, _ = out.indices(tensor.rows[part])
-        found = self._files.view(tensor.of(layer), (slice(start + first, start + last), *others))
+        found = self._files.read(tensor.of(layer), (slice(start + first, start + last), *others))
         return found.T if tensor.kernel else found
 
 
