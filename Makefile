@@ -20,6 +20,7 @@ test: venv
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv
+	@! git grep -nE '^(<{7}|>{7}) ' || { echo 'a merge was not finished in the lines above'; exit 1; }
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
