@@ -16,12 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxdistill.batch import Batch
 from jaxdistill.inputs import Inputs
 from jaxdistill.losses import Objective, Prepared, evaluate_objective
+from jaxdistill.losses.head import rows_of_device
 from jaxdistill.optimizer import make_optimizer
 from jaxdistill.packing import blank
 from jaxdistill.parallel.rules import padded_rows, partition, place_batch, row_shards, rows_sharding
 from jaxdistill.run_config import RunConfig
 from jaxdistill.step import make_train_step, state_shapes
 from jaxdistill.students import Decoder
+from jaxdistill.students.cache import stored
 
 # The share of a device that is left free: fragments, the programs themselves, the collectives' own buffers.
 RESERVE = 0.1
@@ -131,14 +133,16 @@ def target_shapes(objective: Objective[Any], batch: Batch) -> Any:
     return jax.eval_shape(lambda rows: objective.prepare(rows).targets, batch)
 
 
-def cache_memory(decoder: Decoder, mesh: Mesh, *, rows: int, slots: int) -> int:
+def cache_memory(decoder: Decoder, mesh: Mesh, *, rows: int, slots: int, kv_dtype: Any = None) -> int:
     """Bytes of one device for the keys and values of `rows` rows with `slots` positions each:
-    2 * layers * B * S * K * E numbers in the compute dtype."""
+    2 * layers * B * S * K * E numbers, kept in `kv_dtype` (None: the compute dtype)."""
     c = decoder.config
     tensor = mesh.shape["tensor"]
     heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else c.num_kv_heads
-    mine = -(-rows // row_shards(mesh))
-    return 2 * c.num_layers * mine * slots * heads * c.head_dim * jnp.dtype(decoder.compute_dtype).itemsize
+    shape = (rows_of_device(rows, mesh), slots, heads, c.head_dim)
+    dtype = decoder.compute_dtype if kv_dtype is None else kv_dtype
+    buffer = jax.eval_shape(lambda: stored(jnp.zeros(shape), dtype))
+    return 2 * c.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
 
 
 def of_device(shapes: Any) -> int:
@@ -172,6 +176,7 @@ def memory_plan(config: RunConfig, inputs: Inputs) -> list[str]:
         mesh,
         rows=schedule.most_students * schedule.samples,
         slots=config.rollout.max_prompt_tokens + config.rollout.max_new_tokens,
+        kv_dtype=config.rollout.kv_dtype,
     )
     in_parts = "" if accumulation == 1 else f" in {accumulation} parts"
     limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")

@@ -60,6 +60,9 @@ def test_a_step_is_measured_without_a_single_value(mesh, unchecked):
 def test_the_cache_holds_keys_and_values_of_every_layer(mesh):
     decoder = abstract_decoder(CONFIG, mesh=mesh, compute_dtype=jnp.bfloat16)
     assert cache_memory(decoder, mesh, rows=6, slots=50) == 2 * LAYERS * 6 * 50 * 32 * 2
+    heads, size = CONFIG.num_kv_heads, CONFIG.head_dim  # in eight bits, with a scale for each head
+    kept = cache_memory(decoder, mesh, rows=6, slots=50, kv_dtype="int8")
+    assert kept == 2 * LAYERS * 6 * 50 * heads * (size + 4)
 
 
 def config(**student) -> RunConfig:
