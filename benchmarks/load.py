@@ -23,15 +23,11 @@ import jax
 import numpy as np
 from flax import nnx
 from measure import figure, finish
+from shapes import SMOLLM2_135M
 
 from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.students import Decoder, load_decoder, parse_config, save_decoder
 
-CONFIG = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 2048, "rope_theta": 1e5, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
 ROUNDS = 5
 MOST = 4.0
 
@@ -40,8 +36,8 @@ def write_models(folder: Path) -> dict[str, Path]:
     """Model folders of random weights by the dtype they are stored in."""
     source = folder / "source"
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(CONFIG))
-    decoder = Decoder(parse_config(CONFIG, "this benchmark"), rngs=nnx.Rngs(0))
+    (source / "config.json").write_text(json.dumps(SMOLLM2_135M))
+    decoder = Decoder(parse_config(SMOLLM2_135M, "this benchmark"), rngs=nnx.Rngs(0))
     folders = {"float32": folder / "float32", "bfloat16": folder / "bfloat16"}
     save_decoder(decoder, folders["float32"], source=source)
     save_decoder(decoder, folders["bfloat16"], source=source, dtype="bfloat16")

@@ -28,16 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from measure import figure, finish
+from shapes import SMOLLM2_135M
 
 from jaxdistill.samplers import Generator, sampling_params
 from jaxdistill.students import Decoder, parse_config, save_decoder
 
-CONFIG = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
-TINY = CONFIG | {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
+TINY = SMOLLM2_135M | {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
 ROUNDS = 3
 LEAST = 1.0
 
@@ -110,7 +106,7 @@ def bytes_read(decoder: Decoder, arguments: argparse.Namespace) -> float:
 
 
 def measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    source = json.loads(arguments.config.read_text()) if arguments.config else CONFIG
+    source = json.loads(arguments.config.read_text()) if arguments.config else SMOLLM2_135M
     config = parse_config(TINY if arguments.smoke else source, "this benchmark")
     decoder = Decoder(config, rngs=nnx.Rngs(0), compute_dtype=jnp.dtype(arguments.dtype))
     rows = arguments.prompts * arguments.samples

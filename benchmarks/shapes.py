@@ -1,4 +1,5 @@
-"""How many bytes of a device a step should take, by formula: the sum of its parts.
+"""Shapes of models that several benchmarks use, and how many bytes of a device a step should take by
+formula: the sum of its parts.
 
 Each term is an array that the computation holds, in float32; none is fitted. XLA's CPU backend holds them all
 at once: it makes room for gradients and gathers the head's matrix before the first layer runs.
@@ -13,6 +14,12 @@ from jaxdistill.students import DecoderConfig
 from jaxdistill.students.layer import layer_shapes
 
 FLOAT = 4
+# The published config.json of SmolLM2-135M, as far as it tells shapes.
+SMOLLM2_135M = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True, "hidden_act": "silu",
+}  # fmt: skip
 
 
 def parameter_count(c: DecoderConfig) -> int:

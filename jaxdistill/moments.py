@@ -93,10 +93,10 @@ def to_bfloat16(x: Float32[Array, "*N"], key: Key[Array, ""]) -> BFloat16[Array,
     return kept.astype(jnp.bfloat16)
 
 
-def to_levels(x: Float32[Array, "*N"], key: Key[Array, ""], *, signed: bool) -> Levels:
+def to_levels(x: Float32[Array, "... N"], key: Key[Array, ""], *, signed: bool) -> Levels:
     """One of the two neighbouring levels of each magnitude, with probabilities whose mean it is. Without
     `signed`, x is not negative, and what is above 0 and below the least level becomes the least."""
-    scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) if x.ndim else jnp.abs(x)[None]
+    scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     share = jnp.abs(x) / jnp.where(scales > 0, scales, 1.0)  # 0..1
     most, step = _steps(signed)
     # Level n is 2^((n - most) * step), the one below by rounding down.
@@ -113,7 +113,7 @@ def to_levels(x: Float32[Array, "*N"], key: Key[Array, ""], *, signed: bool) -> 
     return Levels(levels.astype(jnp.uint8), scales)
 
 
-def from_levels(stored: Levels, *, signed: bool) -> Float32[Array, "*N"]:
+def from_levels(stored: Levels, *, signed: bool) -> Float32[Array, "... N"]:
     """What the levels stand for."""
     most, step = _steps(signed)
     code = stored.levels.astype(jnp.int32)
