@@ -142,6 +142,7 @@ def plan(config: RunConfig) -> str:
             "---",
             f"student: {count_parameters(inputs.decoder):,} parameters, {inputs.tokenizer.vocab_size} token "
             f"ids, end of turn {inputs.tokenizer.roles['end_of_turn']}",
+            f"compute: {inputs.decoder.compute_dtype.name}, attention by {inputs.decoder.attention}",
             *map(teacher_plan, config.all_teachers, inputs.vocabularies.teachers),
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
             f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",

@@ -1,8 +1,11 @@
 """What a run reads: data, student, tokenizers. Loaded and checked before anything is written or asked."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdistill.data import PromptStream, read_prompts
@@ -10,10 +13,10 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
 from jaxdistill.parallel import make_mesh
 from jaxdistill.records import Prompt, Rollout
-from jaxdistill.run_config import RunConfig
+from jaxdistill.run_config import RunConfig, StudentConfig
 from jaxdistill.samplers import ReferenceSampler, render_prompt
 from jaxdistill.scorers import load_scorer
-from jaxdistill.students import Decoder, load_decoder
+from jaxdistill.students import Decoder, choose_attention, load_decoder, read_config
 from jaxdistill.teachers import Routes
 from jaxdistill.text import Tokenizer
 
@@ -82,10 +85,19 @@ def read_inputs(config: RunConfig) -> Inputs:
 def read_student(config: RunConfig) -> Student:
     """Load the student and its tokenizer. Raises `ConfigError` where they do not fit each other, or the rows
     of the run."""
+    if config.run.compilation_cache is not None:
+        # Before anything is compiled: jax asks for the folder once.
+        jax.config.update("jax_compilation_cache_dir", str(config.run.compilation_cache.expanduser()))
     mesh = make_mesh(config.mesh)
-    compute_dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
+    dtype = compute_dtype(config.student)
+    lengths = sorted({config.rollout.max_prompt_tokens, *config.buckets})
+    shape = read_config(Path(config.student.path))
     decoder = load_decoder(
-        config.student.path, mesh=mesh, compute_dtype=compute_dtype, remat=config.student.remat
+        config.student.path,
+        mesh=mesh,
+        compute_dtype=dtype,
+        remat=config.student.remat,
+        attention=choose_attention(config.student.attention, shape, lengths, dtype, mesh),
     )
     tokenizer = Tokenizer.load(
         config.student.path, roles=config.student.roles, chat_template=config.student.chat_template
@@ -107,6 +119,13 @@ def read_student(config: RunConfig) -> Student:
             "shapes.buckets"
         )
     return Student(tokenizer, decoder, mesh)
+
+
+def compute_dtype(config: StudentConfig) -> Any:
+    """What the student's products run in: as the config says, or else by the kind of device."""
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Rollout]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +19,7 @@ from jaxdistill.parallel import MeshConfig
 from jaxdistill.records import ORIGINS, Part
 from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
-from jaxdistill.students import Remat
+from jaxdistill.students import AttentionChoice, Remat
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, ServedSettings, TeacherConfig
 
 # What each optional part of the targets needs of a teacher's settings: the key, a value for it, and in words.
@@ -31,12 +32,16 @@ _METRIC_GROUPS = frozenset({"eval", "references", "seconds"})
 
 
 class RunSection(StrictConfig):
-    """Length, place and seed of the run. The same seed, data and models give the same run."""
+    """Length, place and seed of the run. The same seed, data and models give the same run.
+
+    `compilation_cache` is a folder for compiled programs, which a later start on the same kind of device with
+    the same versions reads in place of compiling; null for jax's own setting (JAX_COMPILATION_CACHE_DIR)."""
 
     steps: int = Field(ge=1)
     dir: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
     tensorboard: bool = True
+    compilation_cache: Path | None = None
 
 
 class StudentConfig(StrictConfig):
@@ -47,6 +52,11 @@ class StudentConfig(StrictConfig):
     `remat` is what is kept of a layer for the backward pass, and not computed again: `layer` its input alone,
     `dots` the results of its products with weights too, `none` everything; the update is the same.
 
+    `compute_dtype` is what its products run in, `auto` float32 on CPUs and bfloat16 elsewhere; parameters are
+    kept in float32, and norms, softmax, logits and sums are computed in it. `attention` is who computes that
+    over whole rows: `auto` is cuDNN's on NVIDIA's GPUs if it passes a check at the start, else XLA's
+    (`jaxdistill.students.fused_attention`).
+
     `router_aux_coefficient` is for a student with experts: how much of the loss that keeps them equally busy
     is added to the objective (`router_balance` in the metrics says what it is)."""
 
@@ -54,6 +64,8 @@ class StudentConfig(StrictConfig):
     roles: dict[str, str] = Field(default_factory=dict)
     chat_template: Path | None = None
     remat: Remat = "layer"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: AttentionChoice = "auto"
     router_aux_coefficient: float = Field(default=0.0, ge=0)
 
 

@@ -3,15 +3,18 @@
 from jaxdistill.students.architecture import DecoderConfig
 from jaxdistill.students.decoder import Cache, Decoder, Remat
 from jaxdistill.students.families import parse_config, read_config
+from jaxdistill.students.fused_attention import AttentionChoice, choose_attention
 from jaxdistill.students.weights import StoredDtype, abstract_decoder, load_decoder, save_decoder
 
 __all__ = [
+    "AttentionChoice",
     "Cache",
     "Decoder",
     "DecoderConfig",
     "Remat",
     "StoredDtype",
     "abstract_decoder",
+    "choose_attention",
     "load_decoder",
     "parse_config",
     "read_config",

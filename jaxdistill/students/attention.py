@@ -3,11 +3,15 @@
 Letters: B rows, T query positions, S key positions, H query heads, K key/value heads, E head dimension.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxdistill.students.architecture import DecoderConfig, LayerKind
+
+Attention = Literal["xla", "cudnn"]
 
 EMPTY_SLOT = jnp.iinfo(jnp.int32).max
 """The position of a cache slot that holds nothing: later than any query."""
@@ -24,14 +28,17 @@ def causal_attention(
     query: Float[Array, "B T H E"],
     key: Float[Array, "B T K E"],
     value: Float[Array, "B T K E"],
+    *,
+    implementation: Attention = "xla",
 ) -> Float[Array, "B T H E"]:
-    """Every position attends to itself and to those before it, as far as the layer's window reaches."""
+    """Every position attends to itself and to those before it, as far as the layer's window reaches.
+    `implementation` is who computes it where scores are not capped (see `fused_attention`)."""
     length = query.shape[1]
     window = None if kind.window is None or kind.window >= length else kind.window
     if config.attention_softcap is None:
         return jax.nn.dot_product_attention(
             query, key, value, scale=config.attention_scale, is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
+            local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
         )  # fmt: skip
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     return _capped(config, query, key, value, seen(positions, positions, window))

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.students.architecture import DecoderConfig, LayerKind
-from jaxdistill.students.attention import cached_attention, causal_attention, soft_cap
+from jaxdistill.students.attention import Attention, cached_attention, causal_attention, soft_cap
 from jaxdistill.students.cache import Cache, restored, stored, written
 from jaxdistill.students.embedding import look_up
 from jaxdistill.students.experts import Load, load
@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
     Rows are right-padded and attention is causal, so padding never reaches a real position and needs
     no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in,
     `activation_sharding` where rows of activations [B, T, D] lie, and `remat` what of a layer is kept for
-    the backward pass (`scan_layers`).
+    the backward pass (`scan_layers`); `attention` is who computes that over whole rows.
     """
 
     def __init__(
@@ -71,11 +71,13 @@ class Decoder(nnx.Module):
         compute_dtype: Any = jnp.float32,
         activation_sharding: NamedSharding | None = None,
         remat: Remat = "layer",
+        attention: Attention = "xla",
     ):
         self.config = config
         self.compute_dtype = compute_dtype
         self.activation_sharding = activation_sharding
         self.remat: Remat = remat
+        self.attention: Attention = attention
         table = (config.vocab_size, config.hidden_size)
         scale = config.hidden_size**-0.5
         self.embedding = nnx.Param(
@@ -192,7 +194,7 @@ class Decoder(nnx.Module):
 
             def attend(query: Array, key: Array, value: Array) -> Array:
                 made.append((key, value) if keep else None)
-                return causal_attention(c, kind, query, key, value)
+                return causal_attention(c, kind, query, key, value, implementation=self.attention)
 
             x, routing = layer(c, kind, params, x, turned, attend, self._mesh)
             loaded = None if routing is None or real is None else load(routing, real)

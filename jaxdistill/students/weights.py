@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from jaxdistill.errors import ConfigError
 from jaxdistill.parallel.rules import param_shardings, rows_sharding
 from jaxdistill.students.architecture import DecoderConfig
+from jaxdistill.students.attention import Attention
 from jaxdistill.students.checkpoint import TOP, Tensor, layer_tensors, stored
 from jaxdistill.students.decoder import Decoder, Remat
 from jaxdistill.students.families import read_config
@@ -43,9 +44,10 @@ def load_decoder(
     mesh: Mesh | None = None,
     compute_dtype: Any = jnp.float32,
     remat: Remat = "layer",
+    attention: Attention = "xla",
 ) -> Decoder:
     """Load the model folder `path` with float32 parameters, placed over `mesh` if one is given;
-    `compute_dtype` and `remat` as in `Decoder`.
+    `compute_dtype`, `remat` and `attention` as in `Decoder`.
 
     Raises `ConfigError` for a missing folder or file, an unsupported config, a mesh that cannot share out
     its experts, and tensors that are missing, unexpected or of another shape than the config says.
@@ -55,7 +57,8 @@ def load_decoder(
     if mesh is not None and mesh.shape["expert"] > 1:
         _check_experts(config, mesh.shape["expert"], folder)
     graphdef, abstract = nnx.split(
-        abstract_decoder(config, mesh=mesh, compute_dtype=compute_dtype, remat=remat), nnx.Param
+        abstract_decoder(config, mesh=mesh, compute_dtype=compute_dtype, remat=remat, attention=attention),
+        nnx.Param,
     )
     shapes = nnx.to_pure_dict(abstract)
     reader = _Reader(TensorFiles(folder), layer_tensors(config), config.num_layers, shapes)
@@ -78,6 +81,7 @@ def abstract_decoder(
     mesh: Mesh | None = None,
     compute_dtype: Any = jnp.float32,
     remat: Remat = "layer",
+    attention: Attention = "xla",
 ) -> Decoder:
     """A decoder of shapes without values, for rows that lie on `mesh`."""
     activations = None if mesh is None else rows_sharding(mesh, 3)
@@ -89,6 +93,7 @@ def abstract_decoder(
             compute_dtype=compute_dtype,
             activation_sharding=activations,
             remat=remat,
+            attention=attention,
         )
 
     return nnx.eval_shape(blank)

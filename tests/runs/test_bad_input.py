@@ -6,7 +6,7 @@ import socket
 import pytest
 import yaml
 
-from .conftest import ROOT, apart, call
+from .conftest import ROOT, apart, call, words
 
 
 def one_message(result, code: int, *parts: str) -> None:
@@ -89,10 +89,13 @@ def test_a_folder_that_cannot_be_written(train, tmp_path):
     one_message(train(blocker / "run"), 2, "cannot be written")
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(train, unchecked, tmp_path):
-    folder = tmp_path / "run"
-    result = train(folder, "--dry-run")
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    """But for the programs it compiled, where the run is told to keep them."""
+    folder, programs = tmp_path / "run", tmp_path / "programs"
+    result = apart(*words(folder, [f"run.compilation_cache={programs}", "--dry-run"]))
     assert result.returncode == 0, result.stderr
+    assert any("train_step" in file.name for file in programs.iterdir())
+    assert "compute: float32, attention by xla" in result.stdout
     assert "credit: lookahead" in result.stdout and "8 rows, lengths [80]" in result.stdout
     assert "memory of each device, 8 rows of 80 tokens" in result.stdout and "a step takes" in result.stdout
     assert not folder.exists()
