@@ -1,7 +1,7 @@
-"""Run by test_step_devices.py in a process of its own: `three_steps.py MODEL MESH OUT.npz`.
+"""Run by test_step_devices.py in a process of its own: `three_steps.py MODEL MESH OUT.npz [sample]`.
 
-Three training steps of MODEL (`dense` or `experts`) on MESH (`data,fsdp,expert,tensor`), then the trained
-policy samples. Beside it a checkpoint is loaded onto the mesh, and the compiled step is read.
+Three training steps of MODEL (`dense` or `experts`) on MESH (`data,fsdp,expert,tensor`), and with `sample`
+what the trained policy samples. Beside it a checkpoint is loaded onto the mesh, and the compiled step is read.
 """
 
 import json
@@ -105,7 +105,7 @@ def misplaced_moments(state: TrainState) -> int:
     return sum(not one for one in jax.tree.leaves(alike))
 
 
-def main(model: str, sizes: str, out: str) -> None:
+def main(model: str, sizes: str, out: str, *more: str) -> None:
     config = CONFIGS[model]
     data, fsdp, expert, tensor = (int(size) for size in sizes.split(","))
     head.TILE_LOGITS = VOCAB * TILE  # of one row, which is what each of eight devices has
@@ -126,17 +126,18 @@ def main(model: str, sizes: str, out: str) -> None:
     for number in range(3):
         state, metrics = compiled(state, place_batch(make_batch(number), mesh))
         losses.append([metrics[name].value for name in ("loss", "router_balance") if name in metrics])
-    sampled, sampler_recompiles = sample(graphdef, state.params, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in leaves)
     loaded = nnx.state(load_decoder(PARITY / CHECKPOINTS[model], mesh=mesh), nnx.Param)
     leaves += jax.tree_util.tree_leaves_with_path({"loaded": nnx.to_pure_dict(loaded)})
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    if more == ("sample",):
+        arrays["sampled"], arrays["sampler_recompiles"] = map(
+            np.asarray, sample(graphdef, state.params, mesh)
+        )
     np.savez(
         out,
         losses=np.array(losses),
-        sampled=sampled,
-        sampler_recompiles=np.array(sampler_recompiles),
         devices=np.array(len(jax.devices())),
         sharded_parameters=np.array(sharded),
         collectives=np.array(json.dumps(collectives(compiled.as_text()))),

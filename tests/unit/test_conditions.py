@@ -35,7 +35,6 @@ def test_known_to_fail():
 }
 
 
-GENUINE = {"JAXDISTILL_REQUIRE_GENUINE": "1"}
 NO_SKIPS = {"JAXDISTILL_NO_SKIPS": "1"}
 
 
@@ -43,11 +42,6 @@ NO_SKIPS = {"JAXDISTILL_NO_SKIPS": "1"}
     ("variables", "files", "outcome"),
     [
         ({}, ["test_single.py", "test_whole_file.py"], "1 passed, 4 skipped, 1 xfailed"),
-        (
-            {"JAXDISTILL_REQUIRE_GENUINE": "1"},
-            ["test_single.py"],
-            "1 failed, 1 passed, 1 skipped, 1 xfailed, 1 error",
-        ),
         (NO_SKIPS, ["test_single.py"], "2 failed, 1 passed, 1 xfailed, 1 error"),
         (NO_SKIPS, ["test_whole_file.py"], "1 error"),
     ],
