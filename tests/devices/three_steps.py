@@ -1,7 +1,7 @@
 """Run by test_step_devices.py in a process of its own: `three_steps.py MODEL MESH OUT.npz [sample]`.
 
-Three training steps of MODEL (`dense` or `experts`) on MESH (`data,fsdp,expert,tensor`), and with `sample`
-what the trained policy samples. Beside it a checkpoint is loaded onto the mesh, and the compiled step is read.
+Three training steps of MODEL (`dense` or `experts`) on MESH (`data,fsdp,expert,tensor`); with `sample` the
+trained policy samples. Beside it a checkpoint is loaded onto the mesh, and the compiled step is read.
 """
 
 import json
