@@ -80,6 +80,11 @@ class TensorFiles:
         if (found := self._tensors[name].shape) != shape:
             raise ConfigError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
 
+    def dtype(self, name: str) -> np.dtype:
+        """What a tensor is read as: bfloat16 as it is, anything else as float32."""
+        stored = self._tensors[name].dtype
+        return stored if stored == ml_dtypes.bfloat16 else np.dtype(np.float32)
+
     def read(self, name: str, piece: Piece) -> np.ndarray:
-        """A piece of a tensor as float32, in memory of its own."""
-        return np.array(self._tensors[name][piece], np.float32)
+        """A piece of a tensor in its `dtype`, in memory of its own."""
+        return np.array(self._tensors[name][piece], self.dtype(name))

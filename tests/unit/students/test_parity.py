@@ -165,6 +165,23 @@ def test_an_export_in_bfloat16_is_the_model_rounded(tmp_path: Path) -> None:
     assert 0.4 < sizes[1] / sizes[0] < 0.6
 
 
+@pytest.mark.parametrize("kept", ["k_proj", "layers.1.mlp.experts.3.", "embed_tokens", "layernorm"])
+def test_tensors_of_several_dtypes_are_one_model(tmp_path: Path, kept: str) -> None:
+    """Some in float32, the others in bfloat16: neither the one nor the other loses a bit on the way."""
+    source = PARITY / "qwen3_moe"
+    tensors = load_file(source / "model.safetensors")
+    assert any(kept in name for name in tensors)
+    rounded = {name: x if kept in name else x.astype(jnp.bfloat16) for name, x in tensors.items()}
+    folders = [tmp_path / "several", tmp_path / "one"]
+    for folder, cast in zip(folders, (lambda x: x, lambda x: x.astype(np.float32)), strict=True):
+        folder.mkdir()
+        shutil.copyfile(source / "config.json", folder / "config.json")
+        save_file({name: cast(x) for name, x in rounded.items()}, folder / "model.safetensors")
+    several, one = (nnx.to_pure_dict(nnx.state(load_decoder(folder))) for folder in folders)
+    jax.tree.map(np.testing.assert_array_equal, several, one)
+    assert {leaf.dtype for leaf in jax.tree.leaves(several)} == {jnp.dtype(jnp.float32)}
+
+
 def test_a_large_model_is_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = PARITY / "gemma2"
     monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
