@@ -86,5 +86,5 @@ class TensorFiles:
         return stored if stored == ml_dtypes.bfloat16 else np.dtype(np.float32)
 
     def read(self, name: str, piece: Piece) -> np.ndarray:
-        """A piece of a tensor in its `dtype`, in memory of its own."""
-        return np.array(self._tensors[name][piece], self.dtype(name))
+        """A piece of a tensor in its `dtype`; the file's own memory where it is stored so, not to be kept."""
+        return self._tensors[name][piece].astype(self.dtype(name), copy=False)

@@ -155,7 +155,7 @@ class _Reader:
         """The piece of parameter `name`, in the decoder's layout: layers first, then experts where it has
         them, kernels [in, out]. In bfloat16 where all of the parameter is stored so, else in float32."""
         if name in TOP:
-            return self._files.read(TOP[name], piece)
+            return np.array(self._files.read(TOP[name], piece))
         parts = self._parts[name]
         layers, *inner = piece
         if by_expert := parts[0][0].expert is not None:
