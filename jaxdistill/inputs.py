@@ -85,7 +85,12 @@ def read_student(config: RunConfig) -> Student:
     mesh = make_mesh(config.mesh)
     compute_dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16
     decoder = load_decoder(
-        config.student.path, mesh=mesh, compute_dtype=compute_dtype, remat=config.student.remat
+        config.student.path,
+        mesh=mesh,
+        compute_dtype=compute_dtype,
+        remat=config.student.remat,
+        lora=config.student.lora,
+        seed=config.run.seed,
     )
     tokenizer = Tokenizer.load(
         config.student.path, roles=config.student.roles, chat_template=config.student.chat_template

@@ -18,7 +18,7 @@ from jaxdistill.parallel import MeshConfig
 from jaxdistill.records import ORIGINS, Part
 from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
-from jaxdistill.students import Remat
+from jaxdistill.students import LoraConfig, Remat
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, ServedSettings, TeacherConfig
 
 # What each optional part of the targets needs of a teacher's settings: the key, a value for it, and in words.
@@ -48,13 +48,16 @@ class StudentConfig(StrictConfig):
     `dots` the results of its products with weights too, `none` everything; the update is the same.
 
     `router_aux_coefficient` is for a student with experts: how much of the loss that keeps them equally busy
-    is added to the objective (`router_balance` in the metrics says what it is)."""
+    is added to the objective (`router_balance` in the metrics says what it is).
+
+    `lora` trains low-rank adapters alone, beside the weights of `path` (docs/lora.md)."""
 
     path: str
     roles: dict[str, str] = Field(default_factory=dict)
     chat_template: Path | None = None
     remat: Remat = "layer"
     router_aux_coefficient: float = Field(default=0.0, ge=0)
+    lora: LoraConfig | None = None
 
 
 class RunConfig(StrictConfig):
