@@ -15,7 +15,7 @@ from jaxdistill.students import LoraConfig, abstract_decoder, load_decoder, read
 
 from .conftest import ROOT, call, rows, without_clocks
 
-LORA = "student.lora={rank: 4, alpha: 8.0}"
+LORA = ("student.lora.rank=4", "student.lora.alpha=8.0")
 FILES = (
     "model.safetensors",
     "config.json",
@@ -32,7 +32,7 @@ def overrides(served, tmp_path_factory) -> tuple[str, ...]:
     for name in FILES:
         shutil.copyfile(ROOT / "assets/toy/student" / name, base / name)
     few = ("run.steps=3", "eval.prompts=4", "optimizer.schedule=constant", "optimizer.learning_rate=5e-3")
-    return (*served, f"student.path={base}", LORA, *few)
+    return (*served, f"student.path={base}", *LORA, *few)
 
 
 def base_of(overrides: tuple[str, ...]) -> Path:
@@ -141,6 +141,7 @@ def test_a_dry_run_says_how_much_is_trained(train, overrides, tmp_path):
     assert f"student: {count + adapters:,} parameters ({adapters:,} of them trained)" in result.stdout
 
 
-def test_a_run_without_adapters_has_none_to_export(finished, tmp_path):
-    result = call("export", "--run", str(finished), "--out", str(tmp_path / "out"), "--adapters")
+def test_a_run_without_adapters_has_none_to_export(tmp_path):
+    shutil.copyfile(ROOT / "configs/quickstart.yaml", tmp_path / "config.yaml")
+    result = call("export", "--run", str(tmp_path), "--out", str(tmp_path / "out"), "--adapters")
     assert result.returncode == 2 and "made without student.lora" in result.stderr
