@@ -106,7 +106,8 @@ def merge(params: Params, lora: LoraConfig) -> dict[str, Any]:
     adapters, layers = trained["adapters"], dict(frozen["layers"])
     for target in lora.targets:
         a, b = adapters[f"{target}_lora_a"], adapters[f"{target}_lora_b"]
-        layers[target] += lora.scale * jnp.einsum("lir,lro->lio", a, b, precision="highest")
+        added = lora.scale * jnp.einsum("lir,lro->lio", a, b, precision="highest")
+        layers[target] = layers[target] + added
     return frozen | {"layers": layers}
 
 
