@@ -3,7 +3,9 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,11 +50,11 @@ def run(train, overrides, tmp_path_factory) -> Path:
     return folder
 
 
-def trained(run: Path) -> dict[str, np.ndarray]:
+def trained(run: Path) -> dict[str, Any]:
     """The parameters of the newest checkpoint; restoring fails where it holds others than adapters."""
     blank = abstract_decoder(read_config(ROOT / "assets/toy/student"), lora=LoraConfig(rank=4, alpha=8.0))
     template, _ = trained_and_frozen(nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
-    return restore_params(run / "checkpoints", None, template)[1]
+    return jax.tree.map(jnp.asarray, restore_params(run / "checkpoints", None, template)[1])
 
 
 def test_a_run_goes_on_bitwise_from_adapters_and_its_base(train, overrides, run, tmp_path):
