@@ -51,7 +51,7 @@ def materialised(hidden: jax.Array, matrix: jax.Array, targets: Any) -> jax.Arra
 
 
 def tiled(width: int, hidden: jax.Array, matrix: jax.Array, targets: Any) -> jax.Array:
-    return tile_objective(TILE, width, None, hidden, matrix, targets)[0]
+    return tile_objective(TILE, width, None, False, hidden, matrix, targets)[0]
 
 
 def seconds(work: Callable[[], Any], rounds: int) -> float:

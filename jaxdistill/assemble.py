@@ -52,7 +52,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
         optimizer = make_optimizer(config.optimizer, config.run.steps)
         accumulation = config.optimizer.gradient_accumulation_steps
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
-        state = initial_state(inputs.decoder, optimizer, inputs.mesh)
+        state, frozen = initial_state(inputs.decoder, optimizer, inputs.mesh)
         policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
         scoring = None
         if teachers is not None and config.objective.needs_teacher:
@@ -80,6 +80,7 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             dir=folder,
             steps=config.run.steps,
             initial=state,
+            frozen=frozen,
             train_step=make_train_step(
                 graphdef,
                 inputs.objective,
@@ -140,8 +141,7 @@ def plan(config: RunConfig) -> str:
         [
             dump(config).rstrip(),
             "---",
-            f"student: {count_parameters(inputs.decoder):,} parameters, {inputs.tokenizer.vocab_size} token "
-            f"ids, end of turn {inputs.tokenizer.roles['end_of_turn']}",
+            student_plan(inputs),
             f"compute: {inputs.decoder.compute_dtype.name}, attention by {inputs.decoder.attention}",
             *map(teacher_plan, config.all_teachers, inputs.vocabularies.teachers),
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
@@ -150,6 +150,16 @@ def plan(config: RunConfig) -> str:
             *memory_plan(config, inputs),
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
         ]
+    )
+
+
+def student_plan(student: Student) -> str:
+    """One line on the student that was read."""
+    adapters = student.decoder.adapters
+    trained = "" if adapters is None else f" ({count_parameters(adapters):,} of them trained)"
+    return (
+        f"student: {count_parameters(student.decoder):,} parameters{trained}, {student.tokenizer.vocab_size} "
+        f"token ids, end of turn {student.tokenizer.roles['end_of_turn']}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: parameters, optimizer, step, and the position in the data.
+"""Checkpoints by Orbax: the trained parameters, optimizer, step, and the position in the data.
 
 A checkpoint of step k is the state BEFORE step k, data position included: a run resumed from it does
 what the uninterrupted run did from step k on. Saving goes on in the background; Orbax publishes a
@@ -99,7 +99,7 @@ class Checkpoints:
 
 
 def restore_params(folder: Path, step: int | None, template: Any) -> tuple[int, Any]:
-    """The parameters alone of checkpoint `step` (default: the newest), in the shapes of `template`.
+    """The trained parameters alone of checkpoint `step` (default: the newest), in the shapes of `template`.
 
     Raises `ConfigError` if there is no such checkpoint, `CheckpointError` if it cannot be read.
     """

@@ -19,10 +19,12 @@ from jaxdistill.cli import exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.inputs import read_heldout, read_student
+from jaxdistill.manifest import check_base
 from jaxdistill.metrics import write_atomically
 from jaxdistill.records import Prompt
 from jaxdistill.run_config import RunConfig
 from jaxdistill.samplers import LocalSampler
+from jaxdistill.students import trained_and_frozen
 from jaxdistill.teachers import ReplayConfig, Routes, Teachers, build_all
 
 
@@ -78,7 +80,10 @@ def evaluate(
     graphdef, variables = nnx.split(student.decoder, nnx.Param)
     params, at = nnx.to_pure_dict(variables), 0
     if run is not None:
-        at, params = restore_params(run / "checkpoints", step, like(params))
+        check_base(run, config)
+        trained, frozen = trained_and_frozen(params)
+        at, trained = restore_params(run / "checkpoints", step, like(trained))
+        params = frozen | trained
     sampler = LocalSampler(graphdef, student.tokenizer, config.rollout, student.mesh, seed=config.run.seed)
     sampler.push(params, version=at)
     with ExitStack() as stack:

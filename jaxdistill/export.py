@@ -1,5 +1,5 @@
-"""`python -m jaxdistill.export --run DIR [--step N] [--dtype bfloat16] --out DIR`: a checkpoint as a Hugging
-Face folder."""
+"""`python -m jaxdistill.export --run DIR [--step N] [--dtype bfloat16 | --adapters] --out DIR`: a checkpoint
+as a Hugging Face folder, or its adapters alone as one of PEFT."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from flax import nnx
 
@@ -15,8 +15,19 @@ from jaxdistill.checkpoint import restore_params
 from jaxdistill.cli import exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
+from jaxdistill.manifest import check_base
 from jaxdistill.run_config import RunConfig
-from jaxdistill.students import Decoder, StoredDtype, read_config, save_decoder
+from jaxdistill.students import (
+    Decoder,
+    StoredDtype,
+    abstract_decoder,
+    load_decoder,
+    merge,
+    read_config,
+    save_adapters,
+    save_decoder,
+    trained_and_frozen,
+)
 
 PROVENANCE = "jaxdistill.json"  # in every export: which run and step it is, and that it may be replaced
 
@@ -33,39 +44,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float32",
         help="of the weights (default: %(default)s)",
     )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="only the adapters of a student.lora run, in PEFT's format and float32, not merged",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.adapters and arguments.dtype != "float32":
+        parser.error("--dtype is of whole models; --adapters writes what was trained, in float32")
 
     def body() -> None:
-        step = export(arguments.run, arguments.step, arguments.out, dtype=arguments.dtype)
+        step = export(
+            arguments.run,
+            arguments.step,
+            arguments.out,
+            dtype=arguments.dtype,
+            adapters=arguments.adapters,
+        )
         print(f"step {step} of {arguments.run} -> {arguments.out}")
 
     return exit_code_of(body)
 
 
-def export(run: Path, step: int | None, out: Path, *, dtype: StoredDtype = "float32") -> int:
+def export(
+    run: Path, step: int | None, out: Path, *, dtype: StoredDtype = "float32", adapters: bool = False
+) -> int:
     """Write checkpoint `step` (default: the newest) of `run` to `out`, weights in `dtype`; returns the step.
+    The adapters of a run that has them are merged into its student's weights, or with `adapters` written
+    alone.
 
     An earlier export at `out` is replaced once the new one is whole. Raises `ConfigError` if `run` is no
-    run folder, has no such checkpoint or chat template, or `out` is anything but an export, `CheckpointError`
-    if the checkpoint cannot be read.
+    run folder, has no such checkpoint, chat template or adapters, or has adapters to other weights than
+    `student.path` has now, or if `out` is anything but an export, `CheckpointError` if the checkpoint cannot
+    be read.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is no run folder: it has no config.yaml")
     if out.exists() and not (out / PROVENANCE).is_file():
         raise ConfigError(f"{out} exists and is no export (no {PROVENANCE}); choose another --out")
     config = load(run / "config.yaml", [], RunConfig)
-    template = _template(config)
-    source = Path(config.student.path)
-    shape = read_config(source)
-    blank = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
-    graphdef, variables = nnx.split(blank, nnx.Param)
-    chosen, params = restore_params(run / "checkpoints", step, nnx.to_pure_dict(variables))
+    chat_template = _chat_template(config)
+    lora, source = config.student.lora, Path(config.student.path)
+    if adapters and lora is None:
+        raise ConfigError(f"{run} has no adapters: it was made without student.lora; leave --adapters out")
+    check_base(run, config)
+    blank = abstract_decoder(read_config(source), lora=lora)
+    template, _ = trained_and_frozen(nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
+    chosen, trained = restore_params(run / "checkpoints", step, template)
     fresh, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_decoder(nnx.merge(graphdef, params), fresh, source=source, dtype=dtype)
-    if template is not None:  # what it learned to read is part of the model
-        (fresh / "chat_template.jinja").write_bytes(template)
+    if adapters and lora is not None:
+        save_adapters(trained["adapters"], fresh, config=blank.config, lora=lora, base=config.student.path)
+    else:
+        save_decoder(_whole(config, trained), fresh, source=source, dtype=dtype)
+    if chat_template is not None:  # what it learned to read is part of the model
+        (fresh / "chat_template.jinja").write_bytes(chat_template)
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")
     if out.exists():
         out.rename(old)
@@ -74,7 +108,16 @@ def export(run: Path, step: int | None, out: Path, *, dtype: StoredDtype = "floa
     return chosen
 
 
-def _template(config: RunConfig) -> bytes | None:
+def _whole(config: RunConfig, trained: Any) -> Decoder:
+    """The student as a model of its family: what was trained, merged into the rest where there is a rest."""
+    source = Path(config.student.path)
+    if config.student.lora is None:
+        return nnx.merge(nnx.split(abstract_decoder(read_config(source)), nnx.Param)[0], trained)
+    graphdef, base = nnx.split(load_decoder(source), nnx.Param)
+    return nnx.merge(graphdef, merge(nnx.to_pure_dict(base) | trained, config.student.lora))
+
+
+def _chat_template(config: RunConfig) -> bytes | None:
     """The chat template the run put in the place of the student's own."""
     path = config.student.chat_template
     try:

@@ -98,6 +98,8 @@ def read_student(config: RunConfig) -> Student:
         compute_dtype=dtype,
         remat=config.student.remat,
         attention=choose_attention(config.student.attention, shape, lengths, dtype, mesh),
+        lora=config.student.lora,
+        seed=config.run.seed,
     )
     tokenizer = Tokenizer.load(
         config.student.path, roles=config.student.roles, chat_template=config.student.chat_template

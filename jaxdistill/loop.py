@@ -26,14 +26,16 @@ EXAMPLES = 8  # training responses in the sample table of a run without held-out
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run is made of; built by `assemble`. `example_every`: how often training responses go
-    into the sample table, None where held-out ones do. `quarantine`: responses that got no scores,
-    and prompts that got no response."""
+    """Everything a run is made of; built by `assemble`. `frozen`: the parameters that are not trained, which
+    with those of a state make the student. `example_every`: how often training responses go into the sample
+    table, None where held-out ones do. `quarantine`: responses that got no scores, and prompts that got no
+    response."""
 
     dir: Path
     steps: int
     initial: TrainState
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    frozen: Any
+    train_step: Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
     learning_rate: Callable[[int], float]
     prompts: PromptStream
     policy: Sampler
@@ -59,7 +61,7 @@ def train(run: Run) -> TrainState:
     run.metrics.resume_at(first)
     run.samples.resume_at(first)
     run.quarantine.replace_from(first)
-    run.policy.push(state.params, version=first)
+    run.policy.push(run.frozen | state.params, version=first)
     for step in range(first, run.steps):
         position = run.prompts.state()
         if run.checkpoints.due(step):
@@ -67,7 +69,7 @@ def train(run: Run) -> TrainState:
             run.checkpoints.save(step, state, position)
         try:
             if run.evaluator.due(step):
-                evaluate(run, state.params, step)
+                evaluate(run, run.frozen | state.params, step)
             collected = run.collect(next(run.prompts), version=step)
             set_aside(run, step, collected.rollouts, collected.scored)
         except JaxDistillError:  # the state before the step is sound, whatever the data or teacher did
@@ -75,9 +77,9 @@ def train(run: Run) -> TrainState:
             run.checkpoints.save(step, state, position)
             raise
         with run.stopwatch.stage("train", variant=collected.batch.tokens.shape):
-            state, metrics = run.train_step(state, collected.batch)
+            state, metrics = run.train_step(state, run.frozen, collected.batch)
             metrics = jax.device_get(metrics)
-        run.policy.push(state.params, version=step + 1)
+        run.policy.push(run.frozen | state.params, version=step + 1)
         run.metrics.log(step, step_values(run, step, collected, metrics))
         if run.example_every is not None and step % run.example_every == 0:
             run.samples.log(step, samples_of(collected.rollouts[:EXAMPLES], collected.scored))
@@ -85,7 +87,7 @@ def train(run: Run) -> TrainState:
     run.metrics.flush()
     run.checkpoints.save(run.steps, state, run.prompts.state())
     if run.evaluator.due(run.steps):
-        evaluate(run, state.params, run.steps)
+        evaluate(run, run.frozen | state.params, run.steps)
     return state
 
 

@@ -15,7 +15,7 @@ from jaxdistill.inputs import Inputs
 from jaxdistill.metrics import write_atomically
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import flat, has_begun
-from jaxdistill.students import Decoder
+from jaxdistill.students.tensor_files import fingerprint
 from jaxdistill.teachers import ServedSettings, TeacherIdentity, Teachers
 
 
@@ -29,12 +29,12 @@ class _Recorded(NamedTuple):
 
 def write_manifest(folder: Path, config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> None:
     """Write manifest.json into the run's folder. A run that goes on there must have the student's tokenizer,
-    the chat templates (`ConfigError` else) and the teachers (`TeacherContractError`) it began with; where it
-    has not, the file stays as it was."""
+    the chat templates, the weights beside its adapters (`ConfigError` else) and the teachers
+    (`TeacherContractError`) it began with; where it has not, the file stays as it was."""
     path = folder / "manifest.json"
     facts = manifest(config, inputs, teachers)
     if has_begun(folder):
-        before, now = _read(path), _recorded(facts)
+        before, now = _read(path, config), _recorded(facts, config)
         missing = [name for name in now.teachers if name not in before.teachers]
         if missing:
             raise ConfigError(
@@ -71,6 +71,7 @@ def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> di
             "tokenizer": inputs.tokenizer.fingerprint,
             "chat_template": inputs.tokenizer.template_fingerprint,
             "parameters": count_parameters(inputs.decoder),
+            **_base(config),
         },
         "teachers": {
             name: {
@@ -86,6 +87,19 @@ def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> di
             "heldout": len(inputs.heldout),
         },
     }
+
+
+def _base(config: RunConfig) -> dict[str, str]:
+    """The fingerprint of the weights beside adapters, which no checkpoint has; without adapters nothing."""
+    return {} if config.student.lora is None else {"weights": fingerprint(Path(config.student.path))}
+
+
+def check_base(run: Path, config: RunConfig) -> None:
+    """Raise `ConfigError` where the folder `run` has adapters to other weights than `config.student.path` has
+    now: with these they mean nothing."""
+    path = run / "manifest.json"
+    if now := {f"student.{name}": value for name, value in _base(config).items()}:
+        _check_fingerprints(path, _read(path, config).fingerprints, now)
 
 
 def _check_fingerprints(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -113,13 +127,13 @@ def _check_teacher(
         )
 
 
-def _read(path: Path) -> _Recorded:
+def _read(path: Path, config: RunConfig) -> _Recorded:
     try:
         facts = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); restore it, or use another run.dir") from error
     try:
-        return _recorded(facts)
+        return _recorded(facts, config)
     except (KeyError, TypeError, AttributeError) as error:
         what = f"it lacks the field {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
@@ -128,16 +142,17 @@ def _read(path: Path) -> _Recorded:
         ) from error
 
 
-def _recorded(facts: Mapping[str, Any]) -> _Recorded:
+def _recorded(facts: Mapping[str, Any], config: RunConfig) -> _Recorded:
     """Raises `KeyError` with the name of a field that is missing, and `TypeError` or `AttributeError` for
     what is no manifest of this version otherwise."""
     values, teachers = flat(facts), facts["teachers"]
     # The templates first: a tokenizer's fingerprint holds its template too.
     templates = ("student.chat_template", *(f"teachers.{name}.chat_template" for name in teachers))
-    fingerprints = {field: values[field] for field in (*templates, "student.tokenizer")}
+    weights = () if config.student.lora is None else ("student.weights",)
+    fingerprints = {field: values[field] for field in (*templates, "student.tokenizer", *weights)}
     identities = {name: TeacherIdentity.from_json(one["identity"]) for name, one in teachers.items()}
     return _Recorded(fingerprints, identities)
 
 
-def count_parameters(decoder: Decoder) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
+def count_parameters(module: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

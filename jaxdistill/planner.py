@@ -31,9 +31,9 @@ RESERVE = 0.1
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one device. `parameters`, `optimizer` and `batch` are there before the step; `temporary` is
-    the most it takes beside them, of which `gradients` is the parameters' and `head` what the head takes by
-    itself."""
+    """Bytes of one device. `parameters` (trained and frozen), `optimizer` and `batch` are there before the
+    step; `temporary` is the most it takes beside them, of which `gradients` is that of the trained parameters
+    and `head` what the head takes by itself."""
 
     parameters: int
     optimizer: int
@@ -68,13 +68,13 @@ def step_memory(
 ) -> StepMemory:
     """Compile the step for a `decoder` and a (host's) `batch`, of which nothing but shapes matters, and see
     what `memory_analysis()` says of it. The head is compiled once more by itself. Nothing is run."""
-    state = state_shapes(decoder, optimizer, mesh)
+    state, frozen = state_shapes(decoder, optimizer, mesh)
     graphdef = nnx.split(decoder, nnx.Param)[0]
     rows = place_batch(batch, mesh)
     step = make_train_step(graphdef, objective, optimizer, state, mesh, accumulation=accumulation)
-    compiled = step.lower(state, rows).compile()
+    compiled = step.lower(state, frozen, rows).compile()
     return StepMemory(
-        parameters=of_device(state.params),
+        parameters=of_device((state.params, frozen)),
         optimizer=of_device((state.step, state.opt_state)),
         batch=of_device(rows),
         temporary=compiled.memory_analysis().temp_size_in_bytes,
@@ -87,6 +87,7 @@ def step_memory(
             mesh,
             accumulation=accumulation,
             softcap=decoder.config.logit_softcap,
+            frozen=bool(frozen),
         ),
     )
 
@@ -100,9 +101,11 @@ def head_memory(
     *,
     accumulation: int = 1,
     softcap: float | None = None,
+    frozen: bool = False,
 ) -> int:
-    """Temporary bytes of one device for an objective and its gradient with respect to hidden states and the
-    `matrix` [V, D], in one of `accumulation` parts of the rows of the `targets`, which are shapes."""
+    """Temporary bytes of one device for an objective and its gradient with respect to hidden states and,
+    unless it is `frozen`, the `matrix` [V, D], in one of `accumulation` parts of the rows of the `targets`,
+    which are shapes."""
 
     def rows_of(leaf: Any) -> jax.ShapeDtypeStruct:
         part = jax.ShapeDtypeStruct((leaf.shape[0] // accumulation, *leaf.shape[1:]), leaf.dtype)
@@ -118,11 +121,14 @@ def head_memory(
 
     def value(hidden: jax.Array, embedding: jax.Array, targets: Any) -> jax.Array:
         part = Prepared(targets, jnp.float32(1), {})
-        out = evaluate_objective(objective, part, hidden, embedding, softcap=softcap, mesh=mesh)
+        out = evaluate_objective(
+            objective, part, hidden, embedding, softcap=softcap, mesh=mesh, frozen=frozen
+        )
         return jnp.asarray(out.objective.total)
 
-    places = tuple(shape.sharding for shape in shapes)
-    compiled = jax.jit(jax.grad(value, (0, 1)), out_shardings=places).lower(*shapes, targets).compile()
+    by = (0,) if frozen else (0, 1)
+    places = tuple(shapes[number].sharding for number in by)
+    compiled = jax.jit(jax.grad(value, by), out_shardings=places).lower(*shapes, targets).compile()
     memory = compiled.memory_analysis()
     assert memory is not None  # CPUs, GPUs and TPUs all say
     return memory.temp_size_in_bytes

@@ -19,7 +19,7 @@ from jaxdistill.parallel import MeshConfig
 from jaxdistill.records import ORIGINS, Part
 from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
-from jaxdistill.students import AttentionChoice, Remat
+from jaxdistill.students import AttentionChoice, LoraConfig, Remat
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, ServedSettings, TeacherConfig
 
 # What each optional part of the targets needs of a teacher's settings: the key, a value for it, and in words.
@@ -58,7 +58,9 @@ class StudentConfig(StrictConfig):
     (`jaxdistill.students.fused_attention`).
 
     `router_aux_coefficient` is for a student with experts: how much of the loss that keeps them equally busy
-    is added to the objective (`router_balance` in the metrics says what it is)."""
+    is added to the objective (`router_balance` in the metrics says what it is).
+
+    `lora` trains low-rank adapters alone, beside the weights of `path` (docs/lora.md)."""
 
     path: str
     roles: dict[str, str] = Field(default_factory=dict)
@@ -67,6 +69,7 @@ class StudentConfig(StrictConfig):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: AttentionChoice = "auto"
     router_aux_coefficient: float = Field(default=0.0, ge=0)
+    lora: LoraConfig | None = None
 
 
 class RunConfig(StrictConfig):

@@ -19,27 +19,33 @@ from jaxdistill.losses import LossOutput, Objective, Prepared, evaluate_objectiv
 from jaxdistill.parallel.rules import param_shardings
 from jaxdistill.students.decoder import Decoder
 from jaxdistill.students.experts import load_balance
+from jaxdistill.students.lora import trained_and_frozen
 
 Metrics = dict[str, Mean]
 
 
 class TrainState(NamedTuple):
-    """What changes from step to step; `params` and `opt_state` are sharded alike."""
+    """What changes from step to step: the parameters that are trained, and `opt_state`, sharded alike."""
 
     step: Int32[Array, ""]
     params: Any
     opt_state: Any
 
 
-def state_shapes(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state of a run as shapes, each with its sharding on `mesh`; nothing is computed or placed."""
+def state_shapes(
+    decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, Any]:
+    """The state of a run and its frozen parameters (`trained_and_frozen`) as shapes, each with its sharding
+    on `mesh`; nothing is computed or placed."""
     variables = nnx.state(decoder, nnx.Param)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    params = jax.tree.map(shape, nnx.to_pure_dict(variables), param_shardings(variables, mesh))
+    params, frozen = trained_and_frozen(
+        jax.tree.map(shape, nnx.to_pure_dict(variables), param_shardings(variables, mesh))
+    )
     structure = jax.tree.structure(params)
 
     def is_moment(node: Any) -> bool:
@@ -57,15 +63,18 @@ def state_shapes(decoder: Decoder, optimizer: optax.GradientTransformation, mesh
         is_leaf=is_moment,
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(step, params, opt_state)
+    return TrainState(step, params, opt_state), frozen
 
 
-def initial_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, on `mesh`; takes over the decoder's (placed) parameters."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(decoder, optimizer, mesh))
-    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+def initial_state(
+    decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, Any]:
+    """The state before the first step and the frozen parameters, on `mesh`; takes over the decoder's (placed)
+    parameters."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(decoder, optimizer, mesh)[0])
+    params, frozen = trained_and_frozen(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state), frozen
 
 
 def make_train_step(
@@ -77,9 +86,10 @@ def make_train_step(
     *,
     accumulation: int = 1,
     router_aux_coefficient: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted step that consumes (donates) the state it is given and returns the next one on the same
-    devices as `state` (or `state_shapes`), so that no later call meets another layout and compiles again.
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """A jitted step, called with the state, the frozen parameters and a batch. It consumes (donates) the
+    state and returns the next one on the same devices as `state` (or `state_shapes`), so that no later call
+    meets another layout and compiles again. Frozen parameters have no gradient, and stay as they are.
 
     With `accumulation` M above 1 the model reads the batch in M parts, one after the other, and their
     gradients are added up: the same update (what is normalised over the batch is settled before it is split)
@@ -91,10 +101,10 @@ def make_train_step(
     """
 
     def sums(
-        params: Any, tokens: Int32[Array, "B T"], read: Bool[Array, "B T"], prepared: Prepared
+        params: Any, frozen: Any, tokens: Int32[Array, "B T"], read: Bool[Array, "B T"], prepared: Prepared
     ) -> tuple[Array, LossOutput]:
         """What these rows add to what is minimised, and the objective's sums over them."""
-        decoder = nnx.merge(graphdef, params)
+        decoder = nnx.merge(graphdef, frozen | params)
         hidden, load = decoder.read(tokens, read)
         out = evaluate_objective(
             objective,
@@ -103,6 +113,7 @@ def make_train_step(
             decoder.output_embedding,
             softcap=decoder.config.logit_softcap,
             mesh=mesh,
+            frozen=bool(frozen),
         )
         value = jnp.asarray(out.objective.total / out.objective.weight)  # the whole batch's weight
         if load is not None:
@@ -111,16 +122,16 @@ def make_train_step(
             out = replace(out, metrics=out.metrics | {"router_balance": Mean(balance, jnp.float32(1))})
         return value, out
 
-    def gradients_of(params: Any, batch: Batch) -> tuple[Any, LossOutput]:
+    def gradients_of(params: Any, frozen: Any, batch: Batch) -> tuple[Any, LossOutput]:
         gradient = jax.grad(sums, has_aux=True)
         prepared = objective.prepare(batch)
         if accumulation == 1:
-            return gradient(params, batch.tokens, read_tokens(batch), prepared)
+            return gradient(params, frozen, batch.tokens, read_tokens(batch), prepared)
 
         def add(totals: Any, rows: tuple[Array, Array, Any]) -> tuple[Any, LossOutput]:
             tokens, read, targets = rows
             part = replace(prepared, targets=targets, metrics={})
-            gradients, out = gradient(params, tokens, read, part)
+            gradients, out = gradient(params, frozen, tokens, read, part)
             return jax.tree.map(jnp.add, totals, gradients), out
 
         rows = (batch.tokens, read_tokens(batch), prepared.targets)
@@ -131,8 +142,8 @@ def make_train_step(
         loss = Mean(out.objective.total, out.objective.weight / accumulation)
         return gradients, LossOutput(loss, out.metrics | prepared.metrics)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, out = gradients_of(state.params, batch)
+    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, out = gradients_of(state.params, frozen, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = out.metrics | {

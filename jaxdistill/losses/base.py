@@ -155,9 +155,11 @@ def evaluate_objective(
     *,
     softcap: float | None = None,
     mesh: AnyMesh | None = None,
+    frozen: bool = False,
 ) -> LossOutput:
-    """Run `objective` through the tiled head; differentiable in `hidden` and `embedding`. `softcap` is the
-    model's cap on its logits; `mesh` is where the rows lie: a tile is sized for those of one device."""
+    """Run `objective` through the tiled head; differentiable in `hidden` and, unless it is `frozen`, in
+    `embedding`. `softcap` is the model's cap on its logits; `mesh` is where the rows lie: a tile is sized for
+    those of one device."""
     rows, length = hidden.shape[:2]
 
     def logprobs(tokens: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
@@ -172,7 +174,7 @@ def evaluate_objective(
     if isinstance(objective, SequenceObjective):
         targets = objective.linearise(targets, logprobs)
     width = tile_length(rows_of_device(rows, mesh), length, embedding.shape[0])
-    total, metrics = tile_objective(tile, width, mesh, hidden, embedding, targets)
+    total, metrics = tile_objective(tile, width, mesh, frozen, hidden, embedding, targets)
     weight = jnp.where(prepared.weight > 0, prepared.weight, 1.0)  # an empty batch is zero, not NaN
     return LossOutput(Mean(total, weight), metrics | prepared.metrics)
 

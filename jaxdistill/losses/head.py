@@ -41,16 +41,18 @@ def tile_length(rows: int, length: int, vocab: int) -> int:
     return -(-length // tiles)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def tile_objective(
     objective: TileObjective,
     width: int,
     mesh: AnyMesh | None,
+    frozen: bool,
     hidden: Float[Array, "B T D"],
     embedding: Float[Array, "V D"],
     targets: Targets,
 ) -> tuple[Float32[Array, ""], Metrics]:
-    """Sum `objective(logits, targets)` over positions and tiles; differentiable in `hidden` and `embedding`.
+    """Sum `objective(logits, targets)` over positions and tiles; differentiable in `hidden` and, unless it is
+    `frozen`, in `embedding`: a frozen one saves the product for its gradient, and room as large as itself.
 
     `objective` gives each position's value and metrics, with everything else known beforehand: it sees the
     float32 logits of a tile of `width` positions and the tile's slice of `targets`. A last tile that is not
@@ -82,29 +84,32 @@ def _forward(
     objective: TileObjective,
     width: int,
     mesh: AnyMesh | None,
+    frozen: bool,
     hidden: Array,
     embedding: Array,
     targets: Targets,
-) -> tuple[tuple[Array, Metrics], tuple[Array, Array]]:
+) -> tuple[tuple[Array, Metrics], tuple[Array, Array | None]]:
     value_and_grad = jax.value_and_grad(partial(_summed, objective), has_aux=True)
     spec = PartitionSpec() if mesh is None else partition(embedding.shape, ("vocab", "embed"), mesh)
 
-    def run(axes: Axes, hidden: Array, embedding: Array, targets: Targets) -> tuple[Any, Array, Array]:
-        def step(d_embedding: Array, tile: tuple[Array, Targets]) -> tuple[Array, tuple[Array, Any]]:
+    def run(axes: Axes, hidden: Array, embedding: Array, targets: Targets) -> tuple[Any, Array, Array | None]:
+        def step(total: Array | None, tile: tuple[Array, Targets]) -> tuple[Array | None, tuple[Array, Any]]:
             h, t = tile
             value, d_logits = value_and_grad(_logits(h, embedding), t)
             d_logits = d_logits.astype(h.dtype)  # both products below stay in the compute dtype
             d_h = jnp.einsum("bcv,vd->bcd", d_logits, embedding)
-            d_embedding += jnp.einsum("bcv,bcd->vd", d_logits, h, preferred_element_type=jnp.float32)
-            return d_embedding, (d_h, value)
+            if total is not None:
+                total += jnp.einsum("bcv,bcd->vd", d_logits, h, preferred_element_type=jnp.float32)
+            return total, (d_h, value)
 
-        empty = jnp.zeros(embedding.shape, jnp.float32)
+        empty = None if frozen else jnp.zeros(embedding.shape, jnp.float32)
         if axes:
             empty = jax.lax.pcast(empty, axes, to="varying")  # every device has a sum of its own
         d_embedding, (d_hidden, values) = jax.lax.scan(step, empty, _tiles(hidden, targets, width))
-        if axes:
-            d_embedding = _reduced(d_embedding, axes, spec)
-        return _total(values, axes), _untile(d_hidden, hidden.shape[1]), d_embedding.astype(embedding.dtype)
+        if d_embedding is not None:
+            d_embedding = _reduced(d_embedding, axes, spec) if axes else d_embedding
+            d_embedding = d_embedding.astype(embedding.dtype)
+        return _total(values, axes), _untile(d_hidden, hidden.shape[1]), d_embedding
 
     by_column = PartitionSpec(None, *spec[1:])
     over_rows = _over_rows(run, mesh, (PartitionSpec(), PartitionSpec(ROWS), by_column))
@@ -116,12 +121,13 @@ def _backward(
     objective: TileObjective,
     width: int,
     mesh: AnyMesh | None,
-    gradients: tuple[Array, Array],
+    frozen: bool,
+    gradients: tuple[Array, Array | None],
     cotangents: tuple[Array, Metrics],
-) -> tuple[Array, Array, None]:
-    d_hidden, d_embedding = gradients
+) -> tuple[Array, Array | None, None]:
     scale = cotangents[0]
-    return scale.astype(d_hidden.dtype) * d_hidden, scale.astype(d_embedding.dtype) * d_embedding, None
+    d_hidden, d_embedding = jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf, gradients)
+    return d_hidden, d_embedding, None
 
 
 tile_objective.defvjp(_forward, _backward)

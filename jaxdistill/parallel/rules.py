@@ -24,6 +24,7 @@ PARAM_RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "expert": ("expert",),
     "expert_embed": ("fsdp",),
+    "rank": ("fsdp", "expert"),
 }
 # Rows of a batch are split over all three: fsdp and expert are data parallelism too.
 ROWS = ("data", "fsdp", "expert")

@@ -213,7 +213,7 @@ def _weights(graphdef: nnx.GraphDef[Decoder], mesh: Mesh | None, params: Any) ->
     weights = decoder.weights()
     if mesh is None:
         return weights
-    stacked = param_shardings(nnx.state(decoder.layers, nnx.Param), mesh)
+    stacked = param_shardings(decoder.stacked, mesh)
     one = {name: NamedSharding(mesh, PartitionSpec(*place.spec[1:])) for name, place in stacked.items()}
     return weights._replace(
         layers=tuple(jax.lax.with_sharding_constraint(layer, one) for layer in weights.layers)

@@ -4,6 +4,7 @@ from jaxdistill.students.architecture import DecoderConfig
 from jaxdistill.students.decoder import Cache, Decoder, Remat
 from jaxdistill.students.families import parse_config, read_config
 from jaxdistill.students.fused_attention import AttentionChoice, choose_attention
+from jaxdistill.students.lora import LoraConfig, merge, save_adapters, trained_and_frozen
 from jaxdistill.students.weights import StoredDtype, abstract_decoder, load_decoder, save_decoder
 
 __all__ = [
@@ -11,12 +12,16 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "LoraConfig",
     "Remat",
     "StoredDtype",
     "abstract_decoder",
     "choose_attention",
     "load_decoder",
+    "merge",
     "parse_config",
     "read_config",
+    "save_adapters",
     "save_decoder",
+    "trained_and_frozen",
 ]

@@ -26,6 +26,7 @@ from jaxdistill.students.cache import Cache, restored, stored, written
 from jaxdistill.students.embedding import look_up
 from jaxdistill.students.experts import Load, load
 from jaxdistill.students.layer import LayerParams, Turns, layer, layer_shapes, rms_norm
+from jaxdistill.students.lora import Adapters, LoraConfig
 from jaxdistill.students.rotary import turns
 
 Remat = Literal["layer", "dots", "none"]
@@ -60,7 +61,8 @@ class Decoder(nnx.Module):
     Rows are right-padded and attention is causal, so padding never reaches a real position and needs
     no mask. Parameters are kept in float32; `compute_dtype` is what the matrix products run in,
     `activation_sharding` where rows of activations [B, T, D] lie, and `remat` what of a layer is kept for
-    the backward pass (`scan_layers`); `attention` is who computes that over whole rows.
+    the backward pass (`scan_layers`); `attention` is who computes that over whole rows. With `lora` every
+    layer has adapters.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Decoder(nnx.Module):
         activation_sharding: NamedSharding | None = None,
         remat: Remat = "layer",
         attention: Attention = "xla",
+        lora: LoraConfig | None = None,
     ):
         self.config = config
+        self.lora = lora
         self.compute_dtype = compute_dtype
         self.activation_sharding = activation_sharding
         self.remat: Remat = remat
@@ -90,6 +94,14 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(
                 jax.random.normal(rngs.params(), table, jnp.float32) * scale, axes=("vocab", "embed")
             )
+        self.adapters = None if lora is None else Adapters(config, lora, rngs)
+
+    @property
+    def stacked(self) -> Any:
+        """The state (`nnx.State`) of all that has a leading axis L: the layers' parameters, and their
+        adapters."""
+        parts = (self.layers, self.adapters)
+        return nnx.merge_state(*(nnx.state(part, nnx.Param) for part in parts if part is not None))
 
     @property
     def output_embedding(self) -> Float[Array, "V D"]:
@@ -143,7 +155,8 @@ class Decoder(nnx.Module):
         """The weights as `decode` reads them.
 
         One copy of the layers, which pays for itself in the second step: compilers copy a slice of the
-        stacked arrays before they multiply with it, every layer in every step.
+        stacked arrays before they multiply with it, every layer in every step. Adapters stay beside the
+        weights: a sum rounded to bfloat16 loses what they add to a weight while that is small.
         """
         stacked = self._layer_params()
         layers = (
@@ -229,8 +242,11 @@ class Decoder(nnx.Module):
         return None if self.activation_sharding is None else self.activation_sharding.mesh
 
     def _layer_params(self) -> LayerParams:
-        """The stacked arrays; matrices in the compute dtype, norms in float32."""
-        params = nnx.to_pure_dict(nnx.state(self.layers, nnx.Param))
+        """The stacked arrays; matrices in the compute dtype, norms in float32. The adapters' factor is in B,
+        once for all products."""
+        params = nnx.to_pure_dict(self.stacked)
+        if self.lora is not None:
+            params |= {k: self.lora.scale * v for k, v in params.items() if k.endswith("_lora_b")}
         return {k: v if k.endswith("_norm") else v.astype(self.compute_dtype) for k, v in params.items()}
 
 

@@ -14,18 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from jaxdistill.parallel.rules import ROWS, AnyMesh, partition
 
 
 def look_up(
-    table: Float32[Array, "V D"], tokens: Int32[Array, "B T"], dtype: Any, mesh: AnyMesh | None
+    table: Float[Array, "V D"], tokens: Int32[Array, "B T"], dtype: Any, mesh: AnyMesh | None
 ) -> Float[Array, "B T D"]:
     """Each token's row of `table`, in `dtype`; `mesh` is where table and rows lie (None: on one device).
 
-    Rows are taken in float32 and cast after: the other order adds up the gradients of a frequent token in
-    `dtype`, and in bfloat16 a sum stops growing at 256 ones.
+    Rows of a trained table (float32) are taken first and cast after: the other order adds up the gradients of
+    a frequent token in `dtype`, and in bfloat16 a sum stops growing at 256 ones.
     """
     if mesh is None:
         return table[tokens].astype(dtype)
@@ -40,7 +40,7 @@ def _on_device(
     by_row: Sequence[str],
     by_column: Sequence[str],
     dtype: Any,
-    table: Float32[Array, "V D"],
+    table: Float[Array, "V D"],
     tokens: Int32[Array, "B T"],
 ) -> Float[Array, "B T D"]:
     """This device's columns for all who keep other ones, then all columns of its own rows."""

@@ -14,7 +14,7 @@ from jaxdistill.students.architecture import Activation, DecoderConfig, LayerKin
 from jaxdistill.students.experts import Axes, Routing, Shape, expert_shapes, mixture
 from jaxdistill.students.rotary import rotate
 
-LayerParams = Mapping[str, Array]  # one layer's arrays, by the names of `layer_shapes`
+LayerParams = Mapping[str, Array]  # one layer's arrays, by the names of `layer_shapes` and `adapter_shapes`
 Turns = Mapping[LayerKind, tuple[Array, Array]]  # cosines and sines for each kind of layer that turns
 Attend = Callable[[Array, Array, Array], Array]  # (query, key, value) -> what was attended to
 
@@ -90,7 +90,10 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], c: DecoderCon
 
 
 def _product(p: LayerParams, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    """x W, and where there are any what an adapter adds (`lora`; its factor is in B already) and a bias."""
     y = x @ p[name]
+    if f"{name}_lora_a" in p:
+        y += (x @ p[f"{name}_lora_a"]) @ p[f"{name}_lora_b"]
     bias = f"{name}_bias"
     return y + p[bias][None, None].astype(y.dtype) if bias in p else y
 

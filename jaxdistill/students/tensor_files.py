@@ -5,6 +5,7 @@ no bfloat16 (numpy) or put every piece on a device first (flax), and a model may
 memory.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,15 @@ _DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest (SHA-256, in hexadecimal) of a model folder's config.json and its `*.safetensors` files."""
+    whole = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as opened:
+            whole.update(hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
 
 
 class TensorFiles:

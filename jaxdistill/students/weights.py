@@ -28,6 +28,7 @@ from jaxdistill.students.attention import Attention
 from jaxdistill.students.checkpoint import TOP, Tensor, layer_tensors, stored
 from jaxdistill.students.decoder import Decoder, Remat
 from jaxdistill.students.families import read_config
+from jaxdistill.students.lora import Adapters, LoraConfig
 from jaxdistill.students.tensor_files import Piece, TensorFiles
 
 StoredDtype = Literal["float32", "bfloat16"]
@@ -45,19 +46,27 @@ def load_decoder(
     compute_dtype: Any = jnp.float32,
     remat: Remat = "layer",
     attention: Attention = "xla",
+    lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> Decoder:
     """Load the model folder `path` with float32 parameters, placed over `mesh` if one is given;
-    `compute_dtype`, `remat` and `attention` as in `Decoder`.
+    `compute_dtype`, `remat`, `attention` and `lora` as in `Decoder`.
+
+    With `lora` the adapters are fresh, drawn from `seed`. What the folder holds is frozen then, and its
+    matrices are kept in the compute dtype: they are read in no other.
 
     Raises `ConfigError` for a missing folder or file, an unsupported config, a mesh that cannot share out
-    its experts, and tensors that are missing, unexpected or of another shape than the config says.
+    its experts, targets of `lora` that the model has not, and tensors that are missing, unexpected or of
+    another shape than the config says.
     """
     folder = Path(path)
     config = read_config(folder)
     if mesh is not None and mesh.shape["expert"] > 1:
         _check_experts(config, mesh.shape["expert"], folder)
     graphdef, abstract = nnx.split(
-        abstract_decoder(config, mesh=mesh, compute_dtype=compute_dtype, remat=remat, attention=attention),
+        abstract_decoder(
+            config, mesh=mesh, compute_dtype=compute_dtype, remat=remat, attention=attention, lora=lora
+        ),
         nnx.Param,
     )
     shapes = nnx.to_pure_dict(abstract)
@@ -69,16 +78,33 @@ def load_decoder(
         shardings = param_shardings(abstract, mesh)
 
     def place(where: tuple[Any, ...], shape: Any, sharding: Any) -> jax.Array:
-        read = partial(reader.read, where[-1].key)
-        stored = jax.make_array_from_callback(shape.shape, sharding, lambda piece: read(piece or ()))
-        # Widened where it lies: half the bytes travel, and devices are quicker at it than numpy.
-        return stored if stored.dtype == shape.dtype else _widened(stored, shape.dtype, sharding)
+        name = where[-1].key
+        dtype = jnp.float32 if lora is None or name.endswith("_norm") else compute_dtype
+        stored = jax.make_array_from_callback(
+            shape.shape, sharding, lambda piece: reader.read(name, piece or ())
+        )
+        # Cast where it lies: fewer bytes travel, and devices are quicker at it than numpy.
+        return stored if stored.dtype == dtype else _cast(stored, dtype, sharding)
 
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(place, shapes, shardings))
+    adapters = {}
+    if lora is not None:
+        adapters["adapters"] = _fresh_adapters(config, lora, seed, shardings.pop("adapters"))
+        del shapes["adapters"]
+    params = jax.tree_util.tree_map_with_path(place, shapes, shardings)
+    return nnx.merge(graphdef, params | adapters)
+
+
+def _fresh_adapters(config: DecoderConfig, lora: LoraConfig, seed: int, shardings: Any) -> Any:
+    """Adapters as they are before the first step, drawn where they lie."""
+
+    def draw(key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(Adapters(config, lora, nnx.Rngs(key)), nnx.Param))
+
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _widened(stored: jax.Array, dtype: Any, sharding: Any) -> jax.Array:
+def _cast(stored: jax.Array, dtype: Any, sharding: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(stored.astype(dtype), sharding)
 
 
@@ -89,6 +115,7 @@ def abstract_decoder(
     compute_dtype: Any = jnp.float32,
     remat: Remat = "layer",
     attention: Attention = "xla",
+    lora: LoraConfig | None = None,
 ) -> Decoder:
     """A decoder of shapes without values, for rows that lie on `mesh`."""
     activations = None if mesh is None else rows_sharding(mesh, 3)
@@ -101,6 +128,7 @@ def abstract_decoder(
             activation_sharding=activations,
             remat=remat,
             attention=attention,
+            lora=lora,
         )
 
     return nnx.eval_shape(blank)

@@ -11,7 +11,8 @@ import pytest
 from tests.devices.compiled_text import Collective
 from tests.devices.workers import run_worker
 
-FULL = {"dense": "2,2,1,2", "experts": "1,2,2,2"}  # meshes that use every axis of theirs: these sample too
+# Meshes that use every axis of theirs: here the policy samples, too.
+FULL = {"dense": "2,2,1,2", "experts": "1,2,2,2", "lora": "1,4,1,2"}
 ABOUT_THE_RUN = {"devices", "sharded_parameters", "collectives", "held", "aliased", "misplaced_moments"}
 VOCAB, HIDDEN = 96, 32
 EXPERTS_OF_A_LAYER = math.prod((8, 32, 24))  # elements of one of the three kernels in three_steps.py
@@ -46,6 +47,7 @@ def run(out: Path, model: str, devices: int, mesh: str, *more: str) -> tuple[dic
         ("experts", "1,8,1,1"),
         ("experts", "1,2,4,1"),
         ("experts", "1,2,2,2"),
+        ("lora", "1,4,1,2"),
     ],
 )
 def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, tmp_path, model, mesh):
@@ -60,14 +62,16 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, tm
     assert "rematerialization" not in complaints  # nothing is replicated for want of a better way
     # The state is updated where it lies, its moments as spread as the parameters.
     assert many["misplaced_moments"] == 0
-    data, *_, tensor = map(int, mesh.split(","))
-    assert many["held"] < 1.1 * one["held"] * data / 8  # all axes but `data` split parameters
+    data, fsdp, _, tensor = map(int, mesh.split(","))
+    # All axes but `data` split parameters; of adapters one side alone lies along `tensor`.
+    parts = fsdp if model == "lora" else 8 / data
+    assert many["held"] < 1.1 * one["held"] / parts
     assert many["aliased"] >= many["held"] and one["aliased"] >= one["held"]
     found = [
         Collective(kind, tuple(map(tuple, shapes)), looped)
         for kind, shapes, looped in json.loads(str(many["collectives"]))
     ]
-    check_vocabulary(found, tensor)
+    check_vocabulary(found, tensor, frozen=model == "lora")
     if model == "experts":
         # Without the axis every device has all experts in its hands at some time, with it never.
         spread = mesh.split(",")[2] != "1"
@@ -75,10 +79,11 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(one_device, tm
         assert (largest < EXPERTS_OF_A_LAYER) == spread
 
 
-def check_vocabulary(found: list[Collective], tensor: int) -> None:
-    """Of what is as wide as the vocabulary, matrices alone travel, and none of them in a loop."""
+def check_vocabulary(found: list[Collective], tensor: int, *, frozen: bool) -> None:
+    """Of what is as wide as the vocabulary, matrices alone travel, none of them in a loop, and a gradient of
+    them only where they are trained."""
     widths = {VOCAB, VOCAB // tensor}
-    wide = [(shape, each.looped) for each in found for shape in each.shapes if widths & set(shape)]
-    assert wide
-    for shape, looped in wide:
+    wide = [(each.kind, shape, each.looped) for each in found for shape in each.shapes if widths & set(shape)]
+    assert frozen == ({kind for kind, *_ in wide} == {"all-gather"})
+    for _, shape, looped in wide:
         assert len(shape) == 2 and math.prod(shape) <= VOCAB // tensor * HIDDEN and not looped, shape

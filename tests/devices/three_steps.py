@@ -1,6 +1,6 @@
 """Run by test_step_devices.py in a process of its own: `three_steps.py MODEL MESH OUT.npz [sample]`.
 
-Three training steps of MODEL (`dense` or `experts`) on MESH (`data,fsdp,expert,tensor`); with `sample` the
+Three training steps of MODEL (dense, experts, lora) on MESH (`data,fsdp,expert,tensor`); with `sample` the
 trained policy samples. Beside it a checkpoint is loaded onto the mesh, and the compiled step is read.
 """
 
@@ -23,7 +23,7 @@ from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings, place_ba
 from jaxdistill.parallel.rules import rows_sharding
 from jaxdistill.samplers import Generator, sampling_params
 from jaxdistill.step import TrainState, initial_state, make_train_step
-from jaxdistill.students import Decoder, load_decoder, parse_config
+from jaxdistill.students import Decoder, LoraConfig, load_decoder, parse_config
 from tests.devices.compiled_text import collectives
 
 VOCAB = 96  # no other axis of the model has as many, or half as many, elements
@@ -43,8 +43,9 @@ CONFIGS = {
     "dense": parse_config(SHAPE | {"model_type": "qwen3"}, where="the test"),
     "experts": parse_config(SHAPE | EXPERTS | {"model_type": "qwen3_moe"}, where="the test"),
 }
+CONFIGS["lora"] = CONFIGS["dense"]
 # A checkpoint with several parameters in one tensor, and one with a parameter in several.
-CHECKPOINTS = {"dense": "phi3", "experts": "qwen3_moe"}
+CHECKPOINTS = {"dense": "phi3", "experts": "qwen3_moe", "lora": "llama"}
 PARITY = Path(__file__).parents[1] / "golden" / "parity"
 ROWS, LENGTH, TILE = 8, 40, 20
 
@@ -106,35 +107,35 @@ def misplaced_moments(state: TrainState) -> int:
 
 
 def main(model: str, sizes: str, out: str, *more: str) -> None:
-    config = CONFIGS[model]
+    config, lora = CONFIGS[model], LoraConfig(rank=8) if model == "lora" else None
     data, fsdp, expert, tensor = (int(size) for size in sizes.split(","))
     head.TILE_LOGITS = VOCAB * TILE  # of one row, which is what each of eight devices has
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
-    graphdef, variables = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
-    graphdef = nnx.split(Decoder(config, rngs=nnx.Rngs(0), activation_sharding=rows_sharding(mesh, 3)))[0]
+    rows = rows_sharding(mesh, 3)
+    variables = nnx.state(Decoder(config, rngs=nnx.Rngs(0), lora=lora), nnx.Param)
+    graphdef = nnx.split(Decoder(config, rngs=nnx.Rngs(0), activation_sharding=rows, lora=lora))[0]
     placed = jax.device_put(nnx.to_pure_dict(variables), param_shardings(variables, mesh))
     decoder = nnx.merge(graphdef, placed)
     # A large epsilon: Adam turns rounding of a zero gradient into a full step, which is not the
     # sharding's doing.
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3), 10)
-    state = initial_state(decoder, optimizer, mesh)
+    state, frozen = initial_state(decoder, optimizer, mesh)
     objective = ReverseKL(ReverseKLConfig(credit="lookahead"))
     step = make_train_step(graphdef, objective, optimizer, state, mesh, router_aux_coefficient=0.1)
-    compiled = step.lower(state, place_batch(make_batch(0), mesh)).compile()
+    compiled = step.lower(state, frozen, place_batch(make_batch(0), mesh)).compile()
     held = bytes_of_device(state)
     losses = []
     for number in range(3):
-        state, metrics = compiled(state, place_batch(make_batch(number), mesh))
+        state, metrics = compiled(state, frozen, place_batch(make_batch(number), mesh))
         losses.append([metrics[name].value for name in ("loss", "router_balance") if name in metrics])
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in leaves)
-    loaded = nnx.state(load_decoder(PARITY / CHECKPOINTS[model], mesh=mesh), nnx.Param)
+    loaded = nnx.state(load_decoder(PARITY / CHECKPOINTS[model], mesh=mesh, lora=lora), nnx.Param)
     leaves += jax.tree_util.tree_leaves_with_path({"loaded": nnx.to_pure_dict(loaded)})
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     if more == ("sample",):
-        arrays["sampled"], arrays["sampler_recompiles"] = map(
-            np.asarray, sample(graphdef, state.params, mesh)
-        )
+        sampled = sample(graphdef, frozen | state.params, mesh)
+        arrays["sampled"], arrays["sampler_recompiles"] = map(np.asarray, sampled)
     np.savez(
         out,
         losses=np.array(losses),

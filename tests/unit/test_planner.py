@@ -10,7 +10,7 @@ from jaxdistill.packing import blank
 from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.planner import StepMemory, advice, cache_memory, size, step_memory, table
 from jaxdistill.run_config import RunConfig
-from jaxdistill.students import abstract_decoder, parse_config
+from jaxdistill.students import LoraConfig, abstract_decoder, parse_config
 
 ROWS, LENGTH, LAYERS, HIDDEN, VOCAB = 4, 256, 3, 64, 512
 CONFIG = parse_config(
@@ -35,12 +35,11 @@ def mesh():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def measured(mesh, **settings) -> StepMemory:
-    batch = blank(ROWS, LENGTH, {"projection": 4})
+def measured(mesh, lora: LoraConfig | None = None, length: int = LENGTH, **settings) -> StepMemory:
+    batch = blank(ROWS, length, {"projection": 4})
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    return step_memory(
-        abstract_decoder(CONFIG, mesh=mesh), GKD(GKDConfig()), optimizer, batch, mesh, **settings
-    )
+    decoder = abstract_decoder(CONFIG, mesh=mesh, lora=lora)
+    return step_memory(decoder, GKD(GKDConfig()), optimizer, batch, mesh, **settings)
 
 
 def test_a_step_is_measured_without_a_single_value(mesh, unchecked):
@@ -55,6 +54,19 @@ def test_a_step_is_measured_without_a_single_value(mesh, unchecked):
     parts = measured(mesh, accumulation=ROWS)
     assert parts.head < whole.head / 2 and parts.activations < whole.activations
     assert parts.state == whole.state and parts.batch == whole.batch
+
+
+def test_frozen_parameters_are_counted_without_gradients_or_moments(mesh, unchecked):
+    short = 8  # so that activations are less than gradients
+    adapted, whole = measured(mesh, LoraConfig(rank=4), short), measured(mesh, None, short)
+    count = 2 * VOCAB * HIDDEN + HIDDEN + LAYERS * (2 * HIDDEN + HIDDEN * (3 * 128 + 2 * 64 + 2 * 32))
+    # In and out of query and output, key and value, and the three of the feed-forward.
+    wide = 2 * (HIDDEN + 64) + 2 * (HIDDEN + 32) + 3 * (HIDDEN + 128)
+    trained = LAYERS * 4 * wide
+    assert adapted.parameters == 4 * (count + trained) and adapted.gradients == 4 * trained
+    assert 8 * trained <= adapted.optimizer < 8 * trained + 100
+    # What the step takes has no room for gradients of the frozen ones either.
+    assert adapted.temporary < whole.temporary - 4 * (count - trained)
 
 
 def test_the_cache_holds_keys_and_values_of_every_layer(mesh):

@@ -47,12 +47,12 @@ def updates(objective, accumulation: int, *, steps: int = 2, **settings):
     placed = jax.device_put(nnx.to_pure_dict(variables), param_shardings(variables, mesh))
     # A large epsilon: Adam turns rounding of a zero gradient into a full step.
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3, **settings), 10)
-    state = initial_state(nnx.merge(graphdef, placed), optimizer, mesh)
+    state, frozen = initial_state(nnx.merge(graphdef, placed), optimizer, mesh)
     step = make_train_step(graphdef, objective, optimizer, state, mesh, accumulation=accumulation)
     metrics = {}
     for seed in range(steps):
         batch = replace(make_batch(seed), weight=np.array([1, 1, 0.5, 0], np.float32))  # a row of padding
-        state, metrics = step(state, place_batch(batch, mesh))
+        state, metrics = step(state, frozen, place_batch(batch, mesh))
     return state.params, {name: mean.value for name, mean in metrics.items()}
 
 

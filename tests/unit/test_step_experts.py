@@ -55,12 +55,12 @@ def test_the_coefficient_times_the_gradient_of_the_balance_joins_the_objective_s
         decoder = Decoder(CONFIG, rngs=nnx.Rngs(0), activation_sharding=rows_sharding(mesh, 3))
         graphdef, variables = nnx.split(decoder, nnx.Param)
         before = jax.tree.map(np.array, nnx.to_pure_dict(variables))
-        state = initial_state(decoder, optax.sgd(1.0), mesh)
+        state, frozen = initial_state(decoder, optax.sgd(1.0), mesh)
         objective = SFT(SFTConfig())
         step = make_train_step(
             graphdef, objective, optax.sgd(1.0), state, mesh, router_aux_coefficient=coefficient
         )
-        state, metrics = step(state, batch)
+        state, metrics = step(state, frozen, batch)
         stepped.append(jax.tree.map(np.array, state.params))
         balances.append(metrics["router_balance"].value)
 

@@ -42,7 +42,7 @@ def test_value_metrics_and_gradient_equal_the_plain_product(inputs, tile):
     hidden, embedding, targets = inputs
 
     def tiled(h, e):
-        return head.tile_objective(objective, tile, None, h, e, targets)
+        return head.tile_objective(objective, tile, None, False, h, e, targets)
 
     (value, sums), gradients = jax.value_and_grad(tiled, (0, 1), has_aux=True)(hidden, embedding)
     (expected, expected_sums), expected_gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(
@@ -59,10 +59,27 @@ def test_the_gradient_follows_the_scale_of_the_loss(inputs):
     hidden, embedding, targets = inputs
 
     def scaled(h, scale):
-        return scale * head.tile_objective(objective, 5, None, h, embedding, targets)[0]
+        return scale * head.tile_objective(objective, 5, None, False, h, embedding, targets)[0]
 
     one, three = (jax.grad(scaled)(hidden, jnp.float32(s)) for s in (1, 3))
     np.testing.assert_allclose(three, 3 * one, rtol=1e-6)
+
+
+def test_a_frozen_matrix_costs_no_gradient(inputs):
+    """The same gradient of the hidden states, without a product or an array for the matrix's."""
+    hidden, embedding, targets = inputs
+    gradients, programs = [], []
+    for frozen in (True, False):
+
+        def tiled(h, e, frozen=frozen):
+            return head.tile_objective(objective, 5, None, frozen, h, e, targets)[0]
+
+        gradients.append(jax.grad(tiled)(hidden, embedding))
+        programs.append(str(jax.make_jaxpr(jax.grad(tiled))(hidden, embedding)))
+    np.testing.assert_array_equal(*gradients)
+    products = [program.count("dot_general[") for program in programs]
+    assert products[1] - products[0] == 1
+    assert [f":f32[{VOCAB},{HIDDEN}] = " in program for program in programs] == [False, True]
 
 
 def test_a_tile_respects_the_bound_and_wastes_little():
@@ -93,7 +110,7 @@ def test_temporary_memory_stays_far_below_the_logits():
 
     def loss(h, e, tokens):
         targets = {"tokens": tokens, "mask": jnp.ones(tokens.shape, bool)}
-        return head.tile_objective(objective, 32, None, h, e, targets)[0]
+        return head.tile_objective(objective, 32, None, False, h, e, targets)[0]
 
     compiled = (
         jax.jit(jax.grad(loss, (0, 1)))
