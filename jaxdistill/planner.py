@@ -5,7 +5,7 @@ Letters: B rows, T positions, D hidden, V vocabulary, S cache slots, K key/value
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ from jaxdistill.losses import Objective, Prepared, evaluate_objective
 from jaxdistill.losses.head import rows_of_device
 from jaxdistill.optimizer import make_optimizer
 from jaxdistill.packing import blank
-from jaxdistill.parallel.rules import padded_rows, partition, place_batch, row_shards, rows_sharding
+from jaxdistill.parallel.rules import (
+    padded_rows,
+    param_shardings,
+    partition,
+    place_batch,
+    row_shards,
+    rows_sharding,
+)
 from jaxdistill.run_config import RunConfig
 from jaxdistill.step import make_train_step, state_shapes
 from jaxdistill.students import Decoder
@@ -55,6 +62,14 @@ class StepMemory:
     @property
     def total(self) -> int:
         return self.state + self.batch + self.temporary
+
+
+class SamplingMemory(NamedTuple):
+    """Bytes of one device that sampling takes beside the state of the run: the `weights` as decoding reads
+    them, for the length of a call, and the keys and values."""
+
+    weights: int
+    cache: int
 
 
 def step_memory(
@@ -151,6 +166,22 @@ def cache_memory(decoder: Decoder, mesh: Mesh, *, rows: int, slots: int, kv_dtyp
     return 2 * c.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
 
 
+def weights_memory(decoder: Decoder, mesh: Mesh) -> int:
+    """Bytes of one device for `Decoder.weights`: the layers once more, in the compute dtype but for norms,
+    and the output embedding where that is kept in another."""
+    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    places = param_shardings(nnx.state(decoder, nnx.Param), mesh)
+    output = "embedding" if decoder.config.tied_embeddings else "head"
+
+    def made(path: Any, leaf: Any, place: NamedSharding) -> int:
+        parts, name = [key.key for key in path], path[-1].key
+        dtype = leaf.dtype if name.endswith("_norm") else jnp.dtype(decoder.compute_dtype)
+        copied = parts[0] in ("layers", "adapters") or (parts == [output] and leaf.dtype != dtype)
+        return copied * math.prod(place.shard_shape(leaf.shape)) * dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(made, params, places)))
+
+
 def of_device(shapes: Any) -> int:
     """Bytes that one device holds of arrays, or of shapes with shardings."""
     return sum(
@@ -177,38 +208,42 @@ def memory_plan(config: RunConfig, inputs: Inputs) -> list[str]:
         mesh,
         accumulation=accumulation,
     )
+    students = schedule.most_students * schedule.samples
     cache = cache_memory(
         inputs.decoder,
         mesh,
-        rows=schedule.most_students * schedule.samples,
+        rows=students,
         slots=config.rollout.max_prompt_tokens + config.rollout.max_new_tokens,
         kv_dtype=config.rollout.kv_dtype,
     )
+    sampling = SamplingMemory(weights_memory(inputs.decoder, mesh) if students else 0, cache)
     in_parts = "" if accumulation == 1 else f" in {accumulation} parts"
     limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-    found = table(memory, cache, limit)
+    found = table(memory, sampling, limit)
     if limit is not None:
-        found += advice(config, memory, cache, (1 - RESERVE) * limit, rows // row_shards(mesh))
+        found += advice(config, memory, sampling, (1 - RESERVE) * limit, rows // row_shards(mesh))
     return [
         f"memory of each device, {rows} rows of {length} tokens{in_parts} (compiled, not run):",
         *(f"  {line}" for line in found),
     ]
 
 
-def table(memory: StepMemory, cache: int, limit: int | None) -> list[str]:
+def table(memory: StepMemory, sampling: SamplingMemory, limit: int | None) -> list[str]:
     """The bytes as a reader wants them; `limit` is what the device has, None where it does not say."""
     return [
         f"parameters {size(memory.parameters)}, optimizer {size(memory.optimizer)}, "
         f"batch {size(memory.batch)}",
         f"temporary {size(memory.temporary)}: gradients {size(memory.gradients)}, head {size(memory.head)}, "
         f"activations and the rest {size(memory.activations)}",
-        f"a step takes {size(memory.total)}; sampling {size(memory.state + cache)}, keys and values "
-        f"{size(cache)} of it",
+        f"a step takes {size(memory.total)}; sampling {size(memory.state + sum(sampling))}, of it weights "
+        f"once more {size(sampling.weights)}, keys and values {size(sampling.cache)}",
         "the device does not say how much it has" if limit is None else f"the device has {size(limit)}",
     ]
 
 
-def advice(config: RunConfig, memory: StepMemory, cache: int, room: int | float, rows: int) -> list[str]:
+def advice(
+    config: RunConfig, memory: StepMemory, sampling: SamplingMemory, room: int | float, rows: int
+) -> list[str]:
     """What of a run with `rows` rows on a device does not fit into `room` bytes, and the settings that help,
     with the bytes they save."""
     accumulation = config.optimizer.gradient_accumulation_steps
@@ -229,11 +264,11 @@ def advice(config: RunConfig, memory: StepMemory, cache: int, room: int | float,
             found.append(f"  half of rollout.max_new_tokens and shapes.buckets: at least {saved}")
         saved = size((memory.state + memory.gradients) / 2)
         found.append(f"  twice as many devices on mesh.fsdp: {saved} of parameters, gradients and optimizer")
-    if memory.state + cache > room:
+    if memory.state + sum(sampling) > room:
         found.append(f"sampling does NOT FIT into the {size(room)} that may be used; what helps:")
         found.append(
             "  half of data.prompts_per_step, rollout.samples_per_prompt or rollout.max_new_tokens: up to "
-            f"{size(cache / 2)}"
+            f"{size(sampling.cache / 2)}"
         )
     return found or [f"fits into the {size(room)} that may be used"]
 

@@ -8,7 +8,16 @@ from jaxdistill.losses.gkd import GKD, GKDConfig
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.packing import blank
 from jaxdistill.parallel import MeshConfig, make_mesh
-from jaxdistill.planner import StepMemory, advice, cache_memory, size, step_memory, table
+from jaxdistill.planner import (
+    SamplingMemory,
+    StepMemory,
+    advice,
+    cache_memory,
+    size,
+    step_memory,
+    table,
+    weights_memory,
+)
 from jaxdistill.run_config import RunConfig
 from jaxdistill.students import LoraConfig, abstract_decoder, parse_config
 
@@ -28,6 +37,7 @@ CONFIG = parse_config(
     where="the test",
 )
 MEMORY = StepMemory(parameters=40, optimizer=80, batch=1, temporary=100, gradients=40, head=10)
+SAMPLING = SamplingMemory(weights=4, cache=6)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,16 @@ def test_the_cache_holds_keys_and_values_of_every_layer(mesh):
     assert kept == 2 * LAYERS * 6 * 50 * heads * (size + 4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_the_weights_that_sampling_reads_are_those_it_makes(mesh, unchecked, dtype, lora):
+    decoder = abstract_decoder(CONFIG, mesh=mesh, compute_dtype=dtype, lora=lora)
+    made = jax.eval_shape(lambda d: d.weights(), decoder)
+    # In float32 the output embedding is the parameter itself.
+    held = made.layers if dtype == jnp.float32 else made
+    assert weights_memory(decoder, mesh) == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+
+
 def config(**student) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -89,20 +109,22 @@ def config(**student) -> RunConfig:
 
 
 def test_what_fits_is_said_to_fit():
-    assert advice(config(), MEMORY, cache=10, room=221, rows=4) == ["fits into the 0.0 MiB that may be used"]
+    assert advice(config(), MEMORY, sampling=SAMPLING, room=221, rows=4) == [
+        "fits into the 0.0 MiB that may be used"
+    ]
     assert size(3 * 2**30) == "3.00 GiB"
-    said = "\n".join(table(MEMORY, 10, None))
+    said = "\n".join(table(MEMORY, SAMPLING, None))
     assert "activations and the rest" in said and "does not say" in said
 
 
 def test_what_does_not_fit_is_named_with_what_helps():
-    said = "\n".join(advice(config(), MEMORY, cache=10, room=200, rows=6))
+    said = "\n".join(advice(config(), MEMORY, sampling=SAMPLING, room=200, rows=6))
     assert "a step does NOT FIT" in said and "sampling" not in said
     # 50 are activations: a third of them is 33 less, the half only 25.
     assert "gradient_accumulation_steps=2:" in said and "fsdp" in said and "remat" not in said
-    said = "\n".join(advice(config(), MEMORY, cache=10, room=190, rows=6))
+    said = "\n".join(advice(config(), MEMORY, sampling=SAMPLING, room=190, rows=6))
     assert "gradient_accumulation_steps=3:" in said
-    said = "\n".join(advice(config(remat="none"), MEMORY, cache=10, room=190, rows=1))
+    said = "\n".join(advice(config(remat="none"), MEMORY, sampling=SAMPLING, room=190, rows=1))
     assert "student.remat=layer" in said and "half of rollout.max_new_tokens" in said
-    said = "\n".join(advice(config(), MEMORY, cache=200, room=230, rows=6))
+    said = "\n".join(advice(config(), MEMORY, sampling=SamplingMemory(100, 100), room=230, rows=6))
     assert "sampling does NOT FIT" in said and "prompts_per_step" in said and "a step" not in said
