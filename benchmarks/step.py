@@ -47,7 +47,7 @@ SLOWER, UTILISATION = 1.1, 0.4
 TOLERANCE = 1e-4
 RATE, DECAY, CLIP = 1e-4, 0.1, 1.0
 SIZES = {"cpu": {"rows": 4, "length": 512}, "accelerator": {"rows": 8, "length": 2048}}
-SMOKE = {"rows": 2, "length": 16, "rounds": 1, "peak_flops": 1e12}
+SMOKE = {"rows": 2, "length": 16, "rounds": 1, "remat": ["layer"], "peak_flops": 1e12}
 
 Said = tuple[float, float]  # of a step: loss, gradient norm
 
