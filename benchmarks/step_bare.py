@@ -76,11 +76,12 @@ def hidden(config: Mapping[str, Any], params: Params, tokens: jax.Array, remat: 
     size = config["hidden_size"] // heads
     rows, length = tokens.shape
     frequencies = config["rope_theta"] ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = jnp.arange(length)[:, None] * frequencies
+    angles = jnp.arange(length)[:, None] * frequencies[None]
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
 
     def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config["rms_norm_eps"]) * weight
+        scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config["rms_norm_eps"])
+        return x * scale * weight[None, None]
 
     def turn(x: jax.Array) -> jax.Array:
         low, high = jnp.split(x, 2, axis=-1)
