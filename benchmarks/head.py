@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.smoke:
         vars(arguments).update(SMOKE)
+    report = Report("head", arguments)
     sizes = {name: getattr(arguments, name) for name in ("rows", "length", "hidden", "vocab")}
     rows, length, hidden, vocab = sizes.values()
     inputs = make_inputs(**sizes, dtype=jnp.dtype(arguments.dtype))
@@ -92,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         got, expected = (np.asarray(x, np.float32) for x in (got, expected))
         np.testing.assert_allclose(got, expected, atol=tolerance * float(np.abs(expected).max()))
     taken = {name: spent(s) for name, s in in_turns(works, rounds=arguments.rounds).items()}
-    report = Report("head", arguments)
     row = figure(
         "head_over_materialised", taken["tiled"] / taken["materialised"], "times the seconds", SLOWER
     )

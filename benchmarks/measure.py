@@ -100,6 +100,7 @@ class Report:
         self._judged = not arguments.smoke
         self._out: Path | None = arguments.out
         self._rows: list[dict[str, Any]] = []
+        self._began = time.perf_counter()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Print a row: what `figure` gave, and whatever else belongs to it."""
@@ -110,10 +111,12 @@ class Report:
         print(json.dumps(shown), flush=True)
 
     def finish(self) -> int:
-        """Write the rows to `--out` where that is named; the exit code: 1 where a limit is missed."""
+        """Write the rows to `--out` where that is named, with the machine and the seconds since this report
+        began; the exit code: 1 where a limit is missed."""
         if self._out is not None:
             self._out.parent.mkdir(parents=True, exist_ok=True)
-            written = {"machine": machine(), "measurements": self._rows}
+            seconds = round(time.perf_counter() - self._began)
+            written = {"machine": machine(), "wall_seconds": seconds, "measurements": self._rows}
             self._out.write_text(json.dumps(written, indent=1) + "\n")
         return 0 if all(row.get("ok", True) for row in self._rows) else 1
 

@@ -81,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--proposals", type=int, nargs="+", default=[16, 64])
     arguments = parser.parse_args(argv)
+    report = Report("projection", arguments)
     if arguments.smoke:
         arguments.responses, arguments.proposals = 1, [4]
     student, teacher = Tokenizer.load(arguments.student), Tokenizer.load(arguments.teacher)
     followers = Followers(student, teacher, 1 if arguments.smoke else 40)
     makers = (("followers", followers), ("near", Near(teacher)))
     runs = [(name, propose, k) for name, propose in makers for k in arguments.proposals]
-    report = Report("projection", arguments)
     for name, propose, proposals in runs:
         begin = time.process_time()
         projector = Projector(student, teacher, candidates=proposals)

@@ -50,6 +50,7 @@ def test_smoke(name, tmp_path):
     assert len({json.dumps([row.get("pair"), row["name"]]) for row in rows}) == len(rows)
     written = json.loads(out.read_text())
     assert written["measurements"] == rows
+    assert 0 <= written["wall_seconds"] < 300
     assert written["machine"]["cores"] >= 1 and "accelerator" not in written["machine"]
 
 
