@@ -1,13 +1,12 @@
 """Speed of the alignment and of the host path around it.
 
-`python benchmarks/align.py [--pair STUDENT TEACHER]...`
+`python benchmarks/align.py [--pair STUDENT TEACHER]... [--smoke] [--out FILE]`
 
 Prints one JSON line a measurement: name, pair, value, unit, and where there is one its limit and whether it
 holds. Exit code 1 if a limit is missed. The first pair is trained here on the repository's own files, --pair
 adds others; --out writes all measurements with a description of the machine.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import cpu_seconds, figure, finish
+from measure import Report, cpu_seconds, figure, options
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -33,6 +32,7 @@ from jaxdistill.text import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (2_048, 4_096, 8_192, 16_384, 32_768, 65_536)  # student tokens
 HEADLINE = 32_768
+SMALL_SIZES = (256, 512)  # of --smoke
 RESPONSES, LENGTH = 64, 2_048
 LEAST_SPEED, MOST_GROWTH = 8e6, 1.1
 TEMPLATE = (
@@ -96,9 +96,9 @@ def stream(tokenizer: Tokenizer, tokens: int, seed: int) -> TokenSpans:
     return tokenizer.spans(tokenizer.encode("".join(parts)).ids[:tokens])
 
 
-def exponent(values: Sequence[float]) -> float:
+def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     """Slope of log value over log size."""
-    return float(np.polyfit(np.log(SIZES), np.log(values), 1)[0])
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def check(student: TokenSpans, teacher: TokenSpans) -> None:
@@ -112,33 +112,34 @@ def check(student: TokenSpans, teacher: TokenSpans) -> None:
     assert student.data == teacher.data and np.array_equal(*ends)
 
 
-def alignment_figures(pair: Pair) -> list[dict[str, Any]]:
+def alignment_figures(pair: Pair, sizes: Sequence[int], headline: int) -> list[dict[str, Any]]:
     seconds, memory = [], []
-    for size in SIZES:
+    for size in sizes:
         student = stream(pair.student, size, seed=size)
         teacher = pair.teacher.encode(student.data)
         check(student, teacher)
-        seconds.append(cpu_seconds(lambda: align(student, teacher), repeats=max(1, 2**18 // size)))  # noqa: B023
+        seconds.append(cpu_seconds(lambda: align(student, teacher), repeats=max(1, 8 * headline // size)))  # noqa: B023
         tracemalloc.start()
         align(student, teacher)
         memory.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    at = SIZES.index(HEADLINE)
-    speed, growth, space = HEADLINE / seconds[at], exponent(seconds), exponent(memory)
-    per_token = memory[at] / HEADLINE
+    at = sizes.index(headline)
+    speed, growth, space = headline / seconds[at], exponent(sizes, seconds), exponent(sizes, memory)
+    per_token = memory[at] / headline
+    between = f"{sizes[0]} to {sizes[-1]}"
     return [
         figure(
             "align_tokens_per_second", speed, "verified student tokens/s, one core", LEAST_SPEED, least=True
         ),
-        figure("align_growth_exponent", growth, f"time, {SIZES[0]} to {SIZES[-1]} tokens", MOST_GROWTH),
-        figure("align_memory_exponent", space, f"peak extra memory, {SIZES[0]} to {SIZES[-1]}", MOST_GROWTH),
+        figure("align_growth_exponent", growth, f"time, {between} tokens", MOST_GROWTH),
+        figure("align_memory_exponent", space, f"peak extra memory, {between}", MOST_GROWTH),
         figure("align_memory_per_token", per_token, "bytes per student token at the peak", None),
     ]
 
 
-def host_path(pair: Pair) -> dict[str, Any]:
-    """64 sampled responses of 2,048 tokens from ids to a packed batch; wall seconds of each part."""
-    ids = [stream(pair.student, LENGTH, seed=number).ids for number in range(RESPONSES)]
+def host_path(pair: Pair, count: int) -> dict[str, Any]:
+    """`count` sampled responses of 2,048 tokens from ids to a packed batch; wall seconds of each part."""
+    ids = [stream(pair.student, LENGTH, seed=number).ids for number in range(count)]
     random_logprobs = np.random.default_rng(0)
     prompt = Prompt([{"role": "user", "content": "?"}], 0, "benchmark")
     best: dict[str, float] = {}
@@ -159,7 +160,7 @@ def host_path(pair: Pair) -> dict[str, Any]:
         marks.append(time.perf_counter())
         targets = [project(s, a, signal="chunk") for s, a in zip(scores, alignments, strict=True)]
         marks.append(time.perf_counter())
-        pack(rollouts, targets, buckets=[LENGTH + 64], rows=RESPONSES)
+        pack(rollouts, targets, buckets=[LENGTH + 64], rows=count)
         marks.append(time.perf_counter())
         names = ("bytes", "encode", "", "align", "project", "pack")  # the third is this script's own work
         parts = {str(name): float(value) for name, value in zip(names, np.diff(marks), strict=True)}
@@ -168,9 +169,9 @@ def host_path(pair: Pair) -> dict[str, Any]:
             best = parts
     total = sum(best.values())
     shown = {name: round(value, 5) for name, value in best.items()}
-    tokens = RESPONSES * LENGTH
+    tokens = count * LENGTH
     return {
-        **figure("host_path_seconds", total, f"s for {RESPONSES} responses of {LENGTH} student tokens", None),
+        **figure("host_path_seconds", total, f"s for {count} responses of {LENGTH} student tokens", None),
         "parts": shown,
         "tokens_per_second": round(tokens / total),
         "encode_over_align": round(best["encode"] / best["align"], 1),
@@ -178,9 +179,7 @@ def host_path(pair: Pair) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument(
         "--pair",
         nargs=2,
@@ -189,19 +188,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help="tokenizer folders",
     )
-    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
     arguments = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
+    sizes, headline, responses = (
+        (SMALL_SIZES, SMALL_SIZES[-1], 2) if arguments.smoke else (SIZES, HEADLINE, RESPONSES)
+    )
+    report = Report("align", arguments)
     with tempfile.TemporaryDirectory() as scratch:
         pairs = [trained_pair(Path(scratch))]
         for student, teacher in arguments.pair:
             name = f"{Path(student).name} -> {Path(teacher).name}"
             pairs.append(Pair(name, Tokenizer.load(student), Tokenizer.load(teacher)))
         for pair in pairs:
-            for row in [*alignment_figures(pair), host_path(pair)]:
-                rows.append({"benchmark": "align", "pair": pair.name, **row})
-                print(json.dumps(rows[-1]), flush=True)
-    return finish(rows, arguments.out)
+            for row in [*alignment_figures(pair, sizes, headline), host_path(pair, responses)]:
+                report.add({"pair": pair.name, **row})
+    return report.finish()
 
 
 if __name__ == "__main__":

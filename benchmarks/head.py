@@ -1,30 +1,34 @@
 """The tiled head beside the materialised one: seconds of value and gradient, and temporary bytes.
 
-`python benchmarks/head.py [--rows 4 --length 256 --hidden 576 --vocab 49152 --dtype float32] [--smoke]
-[--out FILE]`. Both compute the same objective, `reverse_kl`, of the same numbers, which is checked first. On
-a CPU its seconds are counted, on any other device the wall's. Two JSON lines: the ratio of the seconds (at
-most 1.2), and in float32 that of the tiled form's bytes to the formula of `shapes.head_bytes` (at most 1.3).
+`python benchmarks/head.py [--rows --length --hidden --vocab --dtype] [--smoke] [--out FILE]`. Both compute
+the same objective, `reverse_kl`, of the same numbers, which is checked first. On a CPU the head is
+SmolLM2-135M's over 4 x 256 tokens in float32 and its seconds are counted; on an accelerator it is
+Qwen3-1.7B's over 4 x 2,048 tokens in bfloat16 and the wall's are. Two JSON lines: the ratio of the seconds
+(at most 1.2), and in float32 that of the tiled form's bytes to the formula of `shapes.head_bytes` (at most
+1.3).
 """
 
-import argparse
-import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import cpu_seconds, figure, finish
+from devices import platform, spent
+from measure import Report, figure, in_turns, options, timed
 from shapes import head_bytes
 
 from jaxdistill.losses.head import tile_length, tile_objective
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
 
 SLOWER, LARGER = 1.2, 1.3
+SIZES = {
+    "cpu": {"rows": 4, "length": 256, "hidden": 576, "vocab": 49_152, "dtype": "float32"},
+    "accelerator": {"rows": 4, "length": 2048, "hidden": 2048, "vocab": 151_936, "dtype": "bfloat16"},
+}
+SMOKE = {"rows": 2, "length": 64, "hidden": 32, "vocab": 512, "rounds": 1}
 TILE = ReverseKL(ReverseKLConfig(credit="lookahead")).tile
 
 
@@ -44,83 +48,68 @@ def make_inputs(rows: int, length: int, hidden: int, vocab: int, dtype: Any) -> 
     return states, matrix, targets
 
 
-def materialised(hidden: jax.Array, matrix: jax.Array, targets: Any) -> jax.Array:
-    """The objective from all logits at once."""
+def materialised(hidden: jax.Array, matrix: jax.Array, targets: Any) -> tuple[jax.Array, Any]:
+    """Value and gradients from all logits at once. The gradient's products are written out: left to
+    differentiation they would run in float32 whatever the dtype."""
     logits = jnp.einsum("btd,vd->btv", hidden, matrix, preferred_element_type=jnp.float32)
-    return jnp.sum(TILE(logits, targets)[0])
+    value, d_logits = jax.value_and_grad(lambda logits: jnp.sum(TILE(logits, targets)[0]))(logits)
+    d_logits = d_logits.astype(hidden.dtype)
+    gradients = jnp.einsum("btv,vd->btd", d_logits, matrix), jnp.einsum("btv,btd->vd", d_logits, hidden)
+    return value, gradients
 
 
-def tiled(width: int, hidden: jax.Array, matrix: jax.Array, targets: Any) -> jax.Array:
-    return tile_objective(TILE, width, None, False, hidden, matrix, targets)[0]
+def tiled(width: int, hidden: jax.Array, matrix: jax.Array, targets: Any) -> tuple[jax.Array, Any]:
+    def value(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
+        return tile_objective(TILE, width, None, False, hidden, matrix, targets)[0]
+
+    return jax.value_and_grad(value, (0, 1))(hidden, matrix)
 
 
-def seconds(work: Callable[[], Any], rounds: int) -> float:
-    """Of one call: the CPU's where that computes, else the wall's; the least of the rounds."""
-    if jax.default_backend() == "cpu":
-        return cpu_seconds(lambda: jax.block_until_ready(work()), repeats=1, rounds=rounds)
-    best = float("inf")
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        jax.block_until_ready(work())
-        best = min(best, time.perf_counter() - begin)
-    return best
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--vocab", type=int, default=49_152)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = options(__doc__)
+    parser.set_defaults(**SIZES[platform()])
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape: does it run at all; no limits")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    sizes = (
-        (2, 64, 32, 512) if options.smoke else (options.rows, options.length, options.hidden, options.vocab)
-    )
-    rows, length, hidden, vocab = sizes
-    inputs = make_inputs(*sizes, jnp.dtype(options.dtype))
-    width = length // 4 if options.smoke else tile_length(rows, length, vocab)
-    forms = {"tiled": partial(tiled, width), "materialised": materialised}
-    values, taken, bytes_ = {}, {}, {}
-    for name, form in forms.items():
-        compiled = jax.jit(jax.value_and_grad(form, (0, 1))).lower(*inputs).compile()
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        vars(arguments).update(SMOKE)
+    report = Report("head", arguments)
+    sizes = {name: getattr(arguments, name) for name in ("rows", "length", "hidden", "vocab")}
+    rows, length, hidden, vocab = sizes.values()
+    inputs = make_inputs(**sizes, dtype=jnp.dtype(arguments.dtype))
+    width = length // 4 if arguments.smoke else tile_length(rows, length, vocab)
+    values, works, bytes_ = {}, {}, {}
+    for name, form in {"tiled": partial(tiled, width), "materialised": materialised}.items():
+        compiled = jax.jit(form).lower(*inputs).compile()
         values[name] = compiled(*inputs)
-        taken[name] = seconds(
-            lambda compiled=compiled: compiled(*inputs), 1 if options.smoke else options.rounds
-        )
         bytes_[name] = compiled.memory_analysis().temp_size_in_bytes
-    tolerance = 1e-4 if options.dtype == "float32" else 5e-2
+        works[name] = lambda compiled=compiled: timed(lambda: jax.block_until_ready(compiled(*inputs)))
+    tolerance = 1e-4 if arguments.dtype == "float32" else 5e-2
     for got, expected in zip(*map(jax.tree.leaves, values.values()), strict=True):
         got, expected = (np.asarray(x, np.float32) for x in (got, expected))
         np.testing.assert_allclose(got, expected, atol=tolerance * float(np.abs(expected).max()))
-    formula = head_bytes(rows, length, hidden, vocab, gathered=False)
+    taken = {name: spent(s) for name, s in in_turns(works, rounds=arguments.rounds).items()}
     row = figure(
-        "head: tiled over materialised",
-        taken["tiled"] / taken["materialised"],
-        "ratio of seconds",
-        None if options.smoke else SLOWER,
+        "head_over_materialised", taken["tiled"] / taken["materialised"], "times the seconds", SLOWER
     )
-    bounded = figure(
-        "head: temporary bytes and formula",
-        max(bytes_["tiled"] / formula, formula / bytes_["tiled"]),
-        "ratio",
-        None if options.smoke or options.dtype != "float32" else LARGER,
+    report.add(
+        row
+        | {
+            "shape": sizes,
+            "dtype": arguments.dtype,
+            "seconds": {name: float(f"{value:.4g}") for name, value in taken.items()},
+        }
     )
-    row |= {
-        "shape": dict(zip(("rows", "length", "hidden", "vocab"), sizes, strict=True)),
-        "dtype": options.dtype,
-        "device": jax.devices()[0].device_kind,
-        "seconds": {name: float(f"{value:.4g}") for name, value in taken.items()},
-        "temporary_bytes": bytes_ | {"formula": formula},
-    }
-    print(json.dumps(row), flush=True)
-    print(json.dumps(bounded), flush=True)
-    return finish([row, bounded], options.out)
+    formula = head_bytes(rows, length, hidden, vocab, gathered=False)
+    apart = max(bytes_["tiled"] / formula, formula / bytes_["tiled"])
+    limit = LARGER if arguments.dtype == "float32" else None
+    row = figure("head_bytes_and_formula", apart, "the larger over the smaller", limit)
+    report.add(row | {"temporary_bytes": bytes_ | {"formula": formula}})
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ Everything is compiled in float32. XLA's CPU backend has no bfloat16 products: i
 weights included, and its count of a bfloat16 step is of those copies.
 """
 
-import argparse
-import json
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 DEVICES = 8
@@ -22,7 +20,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 
 # How many devices there are is settled as jax starts.
 import jax  # noqa: E402
-from measure import figure, finish  # noqa: E402
+from measure import Report, figure, options  # noqa: E402
 from shapes import FLOAT, head_bytes, parameter_count, temporary_bytes  # noqa: E402
 
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig  # noqa: E402
@@ -90,16 +88,11 @@ def head_row(vocab: int, hidden: int, length: int) -> dict[str, Any]:
     return row | {"shape": shape, "bytes": measured, "formula": formula}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = options(__doc__)
     parser.add_argument("--only", action="append", help="part of a name; may be given several times")
-    parser.add_argument("--smoke", action="store_true", help="few layers and ids: does it run at all")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    small = SMALL if options.smoke else {}
-    length = 256 if options.smoke else 3072
+    arguments = parser.parse_args(argv)
+    small, length = (SMALL, 256) if arguments.smoke else ({}, 3072)
     work = {
         "head 151936": lambda: head_row(151_936, 4096, length),
         "head 262144": lambda: head_row(262_144, 4096, length),
@@ -108,15 +101,11 @@ def main() -> int:
             "Qwen3-30B-A3B", QWEN3_30B_A3B | small, {"fsdp": 1, "expert": DEVICES}, length
         ),
     }
-    rows = []
+    report = Report("memory", arguments)
     for name, measure in work.items():
-        if options.only is None or any(part in name for part in options.only):
-            row = measure()
-            if options.smoke:  # at these shapes what no formula counts is not small
-                row = {key: value for key, value in row.items() if key not in ("at_most", "ok")}
-            rows.append(row)
-            print(json.dumps(rows[-1]), flush=True)
-    return finish(rows, options.out)
+        if arguments.only is None or any(part in name for part in arguments.only):
+            report.add(measure())
+    return report.finish()
 
 
 if __name__ == "__main__":

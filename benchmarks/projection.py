@@ -1,9 +1,9 @@
 """CPU seconds of projecting a teacher's top-k: a first batch, the same again, and a next one.
 
-`python benchmarks/projection.py STUDENT TEACHER [--responses 64] [--proposals 16 64] [--out FILE]` (folders
-with tokenizer.json). One JSON line a batch: the projection's CPU time over that of encoding the responses for
-the teacher, which is to be at most a tenth; exit code 1 where it is more. `tail` is what is not listed, of
-which `unseen` is beyond the top-k.
+`python benchmarks/projection.py STUDENT TEACHER [--responses 64] [--proposals 16 64] [--smoke] [--out FILE]`
+(folders with tokenizer.json). One JSON line a batch: the projection's CPU time over that of encoding the
+responses for the teacher, which is to be at most a tenth; exit code 1 where it is more. `tail` is what is not
+listed, of which `unseen` is beyond the top-k.
 
 No model runs here, so proposals are made up in two ways. "followers": what followed the same teacher token in
 other text of the corpus, most often first, which is how alike a model's proposals are from batch to batch.
@@ -11,17 +11,14 @@ other text of the corpus, most often first, which is how alike a model's proposa
 with noticeable probability: hardly any question comes twice, the worst case for what is remembered.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from align import stream
-from measure import figure, finish
+from measure import Report, figure, options
 
 from jaxdistill.align import align
 from jaxdistill.align.projection import Projector
@@ -35,9 +32,9 @@ MOST = 0.1  # of the CPU time of encoding
 class Followers:
     """Proposals by how often a token followed another in text of the same kind."""
 
-    def __init__(self, student: Tokenizer, teacher: Tokenizer) -> None:
+    def __init__(self, student: Tokenizer, teacher: Tokenizer, texts: int) -> None:
         self._after: dict[int, Counter[int]] = {}
-        for seed in range(5_000, 5_040):
+        for seed in range(5_000, 5_000 + texts):
             ids = teacher.encode(stream(student, LENGTH, seed).data).ids.tolist()
             for before, token in zip([-1, *ids], ids, strict=False):
                 self._after.setdefault(before, Counter())[token] += 1
@@ -78,26 +75,26 @@ class Near:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("student")
     parser.add_argument("teacher")
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--proposals", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
-    options = parser.parse_args(argv)
-    student, teacher = Tokenizer.load(options.student), Tokenizer.load(options.teacher)
-    makers = (("followers", Followers(student, teacher)), ("near", Near(teacher)))
-    runs = [(name, propose, k) for name, propose in makers for k in options.proposals]
-    rows = []
+    arguments = parser.parse_args(argv)
+    report = Report("projection", arguments)
+    if arguments.smoke:
+        arguments.responses, arguments.proposals = 1, [4]
+    student, teacher = Tokenizer.load(arguments.student), Tokenizer.load(arguments.teacher)
+    followers = Followers(student, teacher, 1 if arguments.smoke else 40)
+    makers = (("followers", followers), ("near", Near(teacher)))
+    runs = [(name, propose, k) for name, propose in makers for k in arguments.proposals]
     for name, propose, proposals in runs:
         begin = time.process_time()
         projector = Projector(student, teacher, candidates=proposals)
         loading = time.process_time() - begin
         batches = []
-        for first in (0, options.responses):
-            texts = [stream(student, LENGTH, first + seed) for seed in range(options.responses)]
+        for first in (0, arguments.responses):
+            texts = [stream(student, LENGTH, first + seed) for seed in range(arguments.responses)]
             begin = time.process_time()
             read = teacher.encode_batch([text.data for text in texts])
             encoding = time.process_time() - begin
@@ -119,9 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ratio = figure(f"projection_{name}_{proposals}_{when}", seconds / encoding, unit, MOST)
             figures = {"cpu_seconds": seconds, "teacher_encoding": encoding, "loading": loading}
             figures |= {"tail": tail.mean(), "unseen": 1 - SHARE, "floored": floored.mean()}
-            rows.append(ratio | {key: float(f"{value:.4g}") for key, value in figures.items()})
-            print(json.dumps(rows[-1]), flush=True)
-    return finish(rows, options.out)
+            report.add(ratio | {key: float(f"{value:.4g}") for key, value in figures.items()})
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -1,47 +1,56 @@
-"""Sampling: CPU seconds beside transformers' generate, and what the memory's bandwidth would allow.
+"""Sampling: CPU seconds beside transformers' generate; on an accelerator, the share of the bandwidth bound.
 
 `python benchmarks/sampler.py [--torch-python PATH] [--smoke] [--out FILE]`
 
-A model of SmolLM2-135M's shape (--config: another) with random weights answers 16 prompts of 128 tokens with
-128 tokens each, at temperature 1, in float32; no response ends early. With --torch-python, a Python that has
-torch and transformers, both take turns and CPU seconds are the least of the rounds: transformers' over ours
-must be at least 1. Ours also give the log-probability of every token.
+On a CPU a model of SmolLM2-135M's shape (--config: another) with random weights answers 16 prompts of 128
+tokens with 128 tokens each, at temperature 1, in float32; no response ends early. With --torch-python, a
+Python that has torch and transformers, both take turns and CPU seconds are the least of the rounds:
+transformers' over ours must be at least 1. Ours also give the log-probability of every token.
 
-On an accelerator CPU seconds say nothing: --bandwidth BYTES_PER_SECOND gives the wall time of decoding over
-the time it takes to read weights and cache once a step. --smoke runs a tiny shape, to see that the script
-works.
+On an accelerator it is Qwen3-1.7B's shape in bfloat16, 64 prompts of 256 tokens, 8 samples of 256 tokens of
+each. What is measured is the time it takes to read weights and cache once a step, by the memory's peak
+(devices.py, or --peak-bandwidth), over the wall time of decoding: the whole call less one that stops after
+a token.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from devices import peak, platform
 from flax import nnx
-from measure import figure, finish
-from shapes import SMOLLM2_135M
+from measure import Report, Seconds, figure, in_turns, options, peer_process, timed
+from shapes import QWEN3_1_7B, SMOLLM2_135M, TINY
 
 from jaxdistill.samplers import Generator, sampling_params
 from jaxdistill.students import Decoder, parse_config, save_decoder
 
-TINY = SMOLLM2_135M | {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
-ROUNDS = 3
-LEAST = 1.0
-
-Seconds = dict[str, float]
+FASTER, SHARE = 1.0, 0.5
+MODELS = {"cpu": SMOLLM2_135M, "accelerator": QWEN3_1_7B}
+SIZES = {
+    "cpu": {"prompts": 16, "samples": 1, "prompt_tokens": 128, "new_tokens": 128, "dtype": "float32"},
+    "accelerator": {
+        "prompts": 64,
+        "samples": 8,
+        "prompt_tokens": 256,
+        "new_tokens": 256,
+        "dtype": "bfloat16",
+    },
+}
+SMOKE = {"prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "rounds": 1, "peak_bandwidth": 1e11}
 
 
 def ours(decoder: Decoder, arguments: argparse.Namespace) -> Callable[[int], Seconds]:
-    """A call that samples so many tokens of each row, its programs compiled; CPU and wall seconds."""
+    """A call that samples so many tokens of each row, its programs compiled."""
     graphdef, params = nnx.split(decoder)
     kv_dtype = None if arguments.kv_dtype is None else jnp.dtype(arguments.kv_dtype)
     generator = Generator(graphdef, kv_dtype=kv_dtype)
@@ -49,8 +58,7 @@ def ours(decoder: Decoder, arguments: argparse.Namespace) -> Callable[[int], Sec
     ids = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (prompts, length), np.int32)
     keys = jax.random.split(jax.random.key(0), prompts * samples)
 
-    def call(tokens: int) -> Seconds:
-        begin, cpu = time.perf_counter(), time.process_time()
+    def sample(tokens: int) -> None:
         out = generator(
             params,
             ids,
@@ -63,33 +71,25 @@ def ours(decoder: Decoder, arguments: argparse.Namespace) -> Callable[[int], Sec
             stop_ids=(),
         )
         assert (out.lengths == tokens).all()
-        return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - begin}
 
-    call(arguments.new_tokens)
-    return call
+    sample(arguments.new_tokens)
+    return lambda tokens: timed(lambda: sample(tokens))
 
 
-def peer(model: Path, arguments: argparse.Namespace, stack: ExitStack) -> Callable[[], Seconds]:
+def torch_peer(
+    decoder: Decoder, source: dict[str, Any], arguments: argparse.Namespace, stack: ExitStack
+) -> Callable[[], Seconds]:
     """A call of transformers' generate in a process of its own."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    (folder / "source").mkdir()
+    (folder / "source" / "config.json").write_text(json.dumps(source))
+    save_decoder(decoder, folder / "model", source=folder / "source")
     shape = (arguments.prompts * arguments.samples, arguments.prompt_tokens, arguments.new_tokens)
-    script = Path(__file__).with_name("sampler_peer.py")
-    command = [arguments.torch_python, str(script), str(model), arguments.dtype, *map(str, shape)]
-    process = stack.enter_context(
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    )
-    assert process.stdin is not None and process.stdout is not None
-    stack.callback(process.stdin.close)
-
-    def call() -> Seconds:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(command)} ended without an answer; what it said is above")
-        return json.loads(line)
-
+    script = Path(__file__).with_name("sampler_torch.py")
+    command = [arguments.torch_python, str(script), str(folder / "model"), arguments.dtype, *map(str, shape)]
+    call = peer_process(command, stack)
     call()
-    return call
+    return lambda: Seconds(**call())
 
 
 def bytes_read(decoder: Decoder, arguments: argparse.Namespace) -> float:
@@ -105,94 +105,74 @@ def bytes_read(decoder: Decoder, arguments: argparse.Namespace) -> float:
     return steps * matrices + rows * positions * position
 
 
-def measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    source = json.loads(arguments.config.read_text()) if arguments.config else SMOLLM2_135M
-    config = parse_config(TINY if arguments.smoke else source, "this benchmark")
-    decoder = Decoder(config, rngs=nnx.Rngs(0), compute_dtype=jnp.dtype(arguments.dtype))
+def measure(arguments: argparse.Namespace, report: Report) -> None:
+    source = json.loads(arguments.config.read_text()) if arguments.config else MODELS[platform()]
+    source = source | (TINY if arguments.smoke else {})
+    decoder = Decoder(
+        parse_config(source, "this benchmark"), rngs=nnx.Rngs(0), compute_dtype=jnp.dtype(arguments.dtype)
+    )
+    bandwidth = None
+    if platform() == "accelerator" or arguments.peak_bandwidth is not None:
+        bandwidth = peak("bandwidth", arguments.peak_bandwidth)
+    with ExitStack() as stack:
+        call = ours(decoder, arguments)
+        works = {"ours": partial(call, arguments.new_tokens), "first token": partial(call, 1)}
+        if arguments.torch_python is not None:
+            works["torch"] = torch_peer(decoder, source, arguments, stack)
+        taken = in_turns(works, rounds=arguments.rounds)
+    cpu, wall = taken["ours"]
     rows = arguments.prompts * arguments.samples
     shape = f"{rows} x ({arguments.prompt_tokens}+{arguments.new_tokens}), {arguments.dtype}"
-    with ExitStack() as stack:
-        theirs = None
-        if arguments.torch_python is not None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            (folder / "source").mkdir()
-            written = json.dumps(TINY if arguments.smoke else source)
-            (folder / "source" / "config.json").write_text(written)
-            save_decoder(decoder, folder / "model", source=folder / "source")
-            theirs = peer(folder / "model", arguments, stack)
-        call = ours(decoder, arguments)
-        own, other, first = [], [], []
-        for _ in range(arguments.rounds):
-            own.append(call(arguments.new_tokens))
-            first.append(call(1))
-            if theirs is not None:
-                other.append(theirs())
-    cpu, wall = (min(one[name] for one in own) for name in ("cpu", "wall"))
     tokens = rows * arguments.new_tokens
-    found = [
-        {
-            **figure("sampler_tokens_per_cpu_second", tokens / cpu, f"sampled tokens, {shape}", None),
-            "cpu_seconds": round(cpu, 3),
-            "wall_seconds": round(wall, 3),
-        }
-    ]
-    if other:
-        least = min(one["cpu"] for one in other)
-        found.append(
-            {
-                **figure(
-                    "sampler_over_transformers",
-                    least / cpu,
-                    f"transformers' CPU seconds over ours, {shape}",
-                    None if arguments.smoke else LEAST,
-                    least=True,
-                ),
-                "transformers_cpu_seconds": round(least, 3),
-                "transformers_wall_seconds": round(min(one["wall"] for one in other), 3),
+    report.add(
+        figure("sampler_tokens_per_cpu_second", tokens / cpu, f"sampled tokens, {shape}", None)
+        | {"cpu_seconds": round(cpu, 3), "wall_seconds": round(wall, 3)}
+    )
+    if "torch" in taken:
+        theirs = taken["torch"]
+        unit = f"transformers' CPU seconds over ours, {shape}"
+        report.add(
+            figure("sampler_over_transformers", theirs.cpu / cpu, unit, FASTER, least=True)
+            | {
+                "transformers_cpu_seconds": round(theirs.cpu, 3),
+                "transformers_wall_seconds": round(theirs.wall, 3),
             }
         )
-    if arguments.bandwidth is not None:
-        decoding = wall - min(one["wall"] for one in first)
-        bound = bytes_read(decoder, arguments) / arguments.bandwidth
-        found.append(
-            {
-                **figure(
-                    "sampler_over_bandwidth_bound",
-                    decoding / bound,
-                    f"wall seconds of decoding over reading weights and cache once a step, {shape}",
-                    None,
-                ),
+    if bandwidth is not None:
+        decoding = wall - taken["first token"].wall
+        bound = bytes_read(decoder, arguments) / bandwidth
+        unit = f"seconds of reading weights and cache once a step over those of decoding, {shape}"
+        report.add(
+            figure("sampler_share_of_bandwidth", bound / decoding, unit, SHARE, least=True)
+            | {
+                "tokens_per_second": round(tokens / wall),
                 "decoding_seconds": round(decoding, 4),
                 "bound_seconds": round(bound, 4),
-                "device": jax.devices()[0].device_kind,
             }
         )
-    return [{"benchmark": "sampler", **one} for one in found]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
+    parser.set_defaults(**SIZES[platform()])
     parser.add_argument("--torch-python", metavar="PATH", help="a Python with torch and transformers")
     parser.add_argument("--config", type=Path, help="config.json of another model's shape")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=1, help="of each prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--samples", type=int, help="of each prompt")
+    parser.add_argument("--prompt-tokens", type=int)
+    parser.add_argument("--new-tokens", type=int)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--kv-dtype", choices=["float32", "bfloat16", "int8"], help="default: --dtype")
-    parser.add_argument("--bandwidth", type=float, help="of the device's memory, bytes a second")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape, no limit")
-    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
+    parser.add_argument("--peak-bandwidth", type=float, help="of the accelerator's memory, bytes a second")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.prompts, arguments.prompt_tokens, arguments.new_tokens = 2, 8, 8
-    rows = measurements(arguments)
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    return finish(rows, arguments.out)
+        vars(arguments).update(SMOKE)
+    if arguments.torch_python is not None and platform() != "cpu":
+        parser.error("--torch-python is a peer for CPUs, and jax computes on an accelerator; leave it out")
+    report = Report("sampler", arguments)
+    measure(arguments, report)
+    return report.finish()
 
 
 if __name__ == "__main__":

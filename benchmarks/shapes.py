@@ -14,12 +14,19 @@ from jaxdistill.students import DecoderConfig
 from jaxdistill.students.layer import layer_shapes
 
 FLOAT = 4
-# The published config.json of SmolLM2-135M, as far as it tells shapes.
+# The published config.json of each model, as far as it tells shapes.
 SMOLLM2_135M = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True, "hidden_act": "silu",
 }  # fmt: skip
+QWEN3_1_7B = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": True,
+}  # fmt: skip
+# Of --smoke, on top of either.
+TINY = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
 
 
 def parameter_count(c: DecoderConfig) -> int:
@@ -30,6 +37,20 @@ def parameter_count(c: DecoderConfig) -> int:
 
 def _layer_counts(c: DecoderConfig) -> dict[str, int]:
     return {name: math.prod(shape) for name, (shape, _) in layer_shapes(c).items()}
+
+
+def step_flops(c: DecoderConfig, rows: int, length: int) -> float:
+    """Floating point operations that a step over `rows` rows of `length` tokens needs (a dense decoder).
+
+    6 for each token and each weight of a product (the layers' matrices, and the head's, tied or not): 2 of
+    the forward pass and 4 of the backward pass. And attention's two products, scores and sums of values, of
+    each query with the T/2 keys on average that it may see: 6 * L * T * H * E a token, half of what Chowdhery
+    et al. 2022, appendix B, count without the causal mask. What is computed a second time is not counted.
+    """
+    matrices = {name: math.prod(shape) for name, (shape, _) in layer_shapes(c).items() if len(shape) == 2}
+    weights = c.num_layers * sum(matrices.values()) + c.vocab_size * c.hidden_size
+    attention = 6 * c.num_layers * length * c.num_heads * c.head_dim
+    return float(rows * length * (6 * weights + attention))
 
 
 def head_bytes(rows: int, length: int, hidden: int, vocab: int, *, gathered: bool) -> int:

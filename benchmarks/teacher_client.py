@@ -1,6 +1,6 @@
 """What the teacher's client itself costs: writing requests, decoding replies, checking them.
 
-`python benchmarks/teacher_client.py [--out FILE]`
+`python benchmarks/teacher_client.py [--smoke] [--out FILE]`
 
 64 rows of 2,048 response tokens, two rows (4,096 response tokens) a request, without and with the most likely
 tokens at each position, in both forms that servers write them in. Prints one JSON line a measurement: CPU
@@ -9,17 +9,14 @@ limit and whether it holds. Exit code 1 if it does not. --out also writes them w
 machine.
 """
 
-import argparse
 import base64
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
-from measure import cpu_seconds, figure, finish
+from measure import Report, cpu_seconds, figure, options
 
 from jaxdistill.records import Unscored
 from jaxdistill.teachers.checks import (
@@ -40,9 +37,9 @@ CASES = [(0, "list"), (16, "list"), (16, "flat"), (64, "list"), (64, "flat")]
 ROUNDS = 3
 
 
-def batch() -> list[ScoringRow]:
+def batch(rows: int) -> list[ScoringRow]:
     """Rows of random ids."""
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, PROMPT + LENGTH), dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (rows, PROMPT + LENGTH), dtype=np.int32)
     return [ScoringRow(number, row[:PROMPT], row[PROMPT:]) for number, row in enumerate(ids)]
 
 
@@ -136,19 +133,14 @@ def measure(groups: Sequence[Sequence[ScoringRow]], k: int, form: str) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
-    arguments = parser.parse_args(argv)
+    arguments = options(__doc__).parse_args(argv)
     per_group = GROUP // LENGTH
-    groups = group_rows(batch(), GROUP + per_group * PROMPT)
+    groups = group_rows(batch(per_group if arguments.smoke else ROWS), GROUP + per_group * PROMPT)
     assert {len(group) for group in groups} == {per_group}
-    rows: list[dict[str, Any]] = []
+    report = Report("teacher_client", arguments)
     for k, form in CASES:
-        rows.append({"benchmark": "teacher_client", **measure(groups, k, form)})
-        print(json.dumps(rows[-1]), flush=True)
-    return finish(rows, arguments.out)
+        report.add(measure(groups, k, form))
+    return report.finish()
 
 
 if __name__ == "__main__":

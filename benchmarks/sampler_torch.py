@@ -1,7 +1,7 @@
 """transformers' generate, for sampler.py: run by a Python that has torch.
 
-`sampler_peer.py MODEL DTYPE PROMPTS PROMPT_TOKENS NEW_TOKENS` loads the model, then answers every line on its
-input with one JSON line: CPU and wall seconds of one call.
+`sampler_torch.py MODEL DTYPE PROMPTS PROMPT_TOKENS NEW_TOKENS` loads the model, then answers every line on
+its input with one JSON line: CPU and wall seconds of one call.
 """
 
 import json
