@@ -209,6 +209,8 @@ class Projection:
 class SharedTopK:
     """The teacher's own top-k before each student token, where both sides have read exactly the same bytes.
 
+    The last column is the token the teacher then read, where that is not among its top-k: less likely than
+    these, but nobody knows how many are in between.
     `ids` are teacher ids (-1, with -inf in `logprobs`, where there are fewer), `student_ids` the student's
     token of the same bytes or the same role, -1 without one. Where `mask` is false nothing may be read.
     """

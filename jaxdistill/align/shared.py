@@ -34,8 +34,8 @@ def shared_topk(
 ) -> SharedTopK:
     """The teacher's top-k, with the token it then read, at each student state whose bytes it has read too.
 
-    `matches` is `matching_ids` of the pair. The result has `columns` columns: the teacher's k and one more
-    fit. Raises TeacherContractError for scores without top-k.
+    `matches` is `matching_ids` of the pair. The result has `columns` columns, at least one more than the
+    teacher's k. Raises TeacherContractError for scores without top-k.
     """
     count = len(alignment.shared_prefix)
     shape = (count, columns)
@@ -50,10 +50,9 @@ def shared_topk(
         k = scores.topk_ids.shape[1]
         top, read = scores.topk_ids[at], scores.response.ids[at]
         ids[mask, :k], logprobs[mask, :k] = top, np.where(top < 0, -np.inf, scores.topk_logprobs[at])
-        # Less likely than all of them where it is not among them, so the order stays.
         rows = np.flatnonzero(mask)[~(top == read[:, None]).any(axis=1)]
         missing = alignment.shared_prefix[rows]
-        ids[rows, k], logprobs[rows, k] = scores.response.ids[missing], scores.logprobs[missing]
+        ids[rows, -1], logprobs[rows, -1] = scores.response.ids[missing], scores.logprobs[missing]
     return SharedTopK(mask, ids, logprobs, np.where(ids < 0, -1, matches[ids]).astype(np.int32))
 
 

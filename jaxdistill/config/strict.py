@@ -9,6 +9,4 @@ class StrictConfig(BaseModel):
     Each room subclasses it beside the component it configures; `jaxdistill.run_config` joins them.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

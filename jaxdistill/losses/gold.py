@@ -61,7 +61,7 @@ class GOLD(SharedStateObjective[GOLDConfig]):
         divergence = generalised_jsd(
             tempered(teacher, c.temperature), tempered(student, c.temperature), c.beta
         )
-        unmatched = jnp.where(targets["student_ids"] < 0, jnp.exp(logprobs), 0.0)
+        unmatched = jnp.where(targets["student_ids"] < 0, jnp.exp(logprobs), 0.0)[..., :-1]
         places = jnp.where(ids >= 0, ids, logits.shape[-1])  # an index out of bounds is dropped
         rest = jnp.put_along_axis(
             jax.nn.softmax(logits, axis=-1), places, 0.0, axis=-1, inplace=False, mode="drop"

@@ -40,6 +40,14 @@ class SFTConfig(ObjectiveSettings):
     def origins(self) -> Mapping[Origin, float]:
         return {"reference": 1.0}
 
+    def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
+        if not shares["reference"] and not shares["teacher"]:
+            raise ValueError(
+                "objective sft learns from what the data or the teacher says, and rollout.origins gives "
+                "neither a share: on the student's own samples there is nothing to learn; give reference or "
+                "teacher one"
+            )
+
 
 @dataclass(frozen=True)
 class SFT(Objective[SFTConfig]):

@@ -38,7 +38,8 @@ class SharedStateObjective[ConfigT: SharedStateSettings](Objective[ConfigT]):
 
     def prepare(self, batch: Batch) -> Prepared:
         """Targets `mask` and `weight` [B, T], and [B, T, K]: the teacher's `ids` and `logprobs` (nats), and
-        as `student_ids` the student's token of the same bytes or role; -1 and -inf where there is none.
+        as `student_ids` the student's token of the same bytes or role; -1 and -inf where there is none. The
+        last of K is no rank, see `records.SharedTopK`.
 
         Raises `ValueError` for a batch without them."""
         shared = required(batch.shared, "shared")

@@ -30,5 +30,6 @@ class ULD(SharedStateObjective[ULDConfig]):
     def tile(self, logits: Float32[Array, "B C V"], targets: Any) -> tuple[Float32[Array, "B C"], Metrics]:
         probabilities = jax.nn.softmax(logits, axis=-1)
         one = jnp.ones(logits.shape[:2])
-        value = sorted_distance(jnp.exp(targets["logprobs"]), probabilities, one, one)
+        ranks = jnp.exp(targets["logprobs"][..., :-1])
+        value = sorted_distance(ranks, probabilities, one, one)
         return jnp.where(targets["mask"], targets["weight"] * value, 0.0), {}

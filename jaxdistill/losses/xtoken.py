@@ -43,7 +43,10 @@ class XTokenConfig(SharedStateSettings):
 
 def first_teacher_tokens(student: Tokenizer, teacher: Tokenizer) -> Int32[np.ndarray, " V"]:
     """W as one teacher id for each student id: the first of its bytes' encoding, or the token of the same
-    role; -1 for a token without bytes or role and for one the teacher cannot write."""
+    role; -1 for a token without bytes or role and for one the teacher cannot write. Equal vocabularies give
+    each id itself, also one that is not the encoding of its own bytes."""
+    if student.vocab_fingerprint == teacher.vocab_fingerprint:
+        return np.arange(student.vocab_size, dtype=np.int32)
     table = np.full(student.vocab_size, -1, np.int32)
     pieces = student.token_bytes(range(student.vocab_size))
     written = [(index, piece) for index, piece in enumerate(pieces) if piece]

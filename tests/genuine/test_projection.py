@@ -217,6 +217,27 @@ def test_masses_of_short_strings_are_those_counted(genuine: Any) -> None:
     assert outside.sum() <= 0.005 * sure.sum()
 
 
+@pytest.mark.parametrize("sides", [("llama3", "gemma3"), ("llama3", "qwen3")])
+def test_characters_that_are_written_in_parts_are_not_given_to_single_bytes(
+    genuine: Any, sides: tuple[str, str]
+) -> None:
+    """Gemma 3 writes rare characters as bytes, Qwen3 as beginnings and bytes; Llama 3 has beginnings, too."""
+    student, teacher = genuine[sides[0]], genuine[sides[1]]
+    random = np.random.default_rng(5)
+    parts = ["\u9f98", "\u4f60", "\u597d", "\U00020bb7", "\u3002", "\u4e2d\u56fd", " a", "\u200d"]
+    texts = sorted({"".join(random.choice(parts, size=random.integers(1, 5))) for _ in range(40)})
+    counted = Counted(student, teacher, texts, 1)
+    projector, others = Projector(student, teacher, candidates=16), 0
+    for index in range(len(texts)):
+        response, scores = counted.mine[index], counted.scores(index)
+        found = projector(response, scores, align(response, scores.response))
+        for row, candidate in np.argwhere(found.ids >= 0).tolist():
+            token, value = int(found.ids[row, candidate]), float(np.exp(found.logprobs[row, candidate]))
+            assert value < counted.share(index, row, token) + 0.1, (texts[index], row, token)
+            others += token != response.ids[row]
+    assert others > 50
+
+
 def test_projected_tokens_of_short_strings_are_those_counted(genuine: Any) -> None:
     """The figures of docs/align.md; -s prints them."""
     errors, sampled, tails, floored, states = [], [], [], 0, 0

@@ -52,6 +52,8 @@ def test_an_objective_that_would_have_no_rows_is_refused(tmp_path):
     for objective in ({"kind": "reverse_kl"}, terms({"kind": "sft"}, {"kind": "minillm"})):
         with pytest.raises(ConfigError, match="the student no share"):
             read(tmp_path, objective, origins=references)
+    with pytest.raises(ConfigError, match="give reference or teacher"):
+        read(tmp_path, {"kind": "sft"}, origins={"student": 1.0})
     with pytest.raises(ConfigError, match=r"term sft is kept to rows=\['teacher'\]"):
         read(tmp_path, terms({"kind": "sft"}, rows=["teacher"]), origins=references)
     assert read(tmp_path, terms({"kind": "sft"}, rows=["reference"]), origins=references)

@@ -28,6 +28,10 @@ token " the" no "re" follows if it has " there". Where the two answers differ, w
 answers that agree are taken for certain; some third continuation may still say otherwise. A role token ends
 y for certain. Where more of what follows is known, `longer` makes it part of the context.
 
+Where y ends inside a character the rest of that is sure to follow, and until it does there is no text to cut:
+`encode` writes the beginning of a character as single bytes, and often otherwise once it is whole. So both
+times the character is completed, with another next byte each time.
+
 Exact otherwise if the response is the student's own segmentation back to the context's start and that start
 lies within the last 16 tokens; a response that is cut otherwise is answered for its context alone. Unigram
 models are not pairwise, so SentencePiece vocabularies begin at a space behind a word only; in scripts without
@@ -53,6 +57,9 @@ from jaxdistill.text import Tokenizer
 _AHEAD = 8  # tokens behind a border that decide what the response itself says there
 _TRIED = 4  # continuations of one token, until one is found that its teacher would write
 _NOT_KEPT = -1
+# What may stand behind these first bytes of a character (Unicode 15, table 3-7); behind others 0x80 to 0xBF.
+_SECOND_BYTES = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
+_ONE, _OTHER = 0x8F, 0xBF  # two ways to complete one
 _BEHIND_SPACE = [b"a", b"1", b"=", "\u4e2d".encode()]  # of each kind that pre-tokenizers tell apart
 
 
@@ -245,18 +252,24 @@ class Cuts:
         rests = self._rests(tokens, (keys & 0xFFFFFFFF) - self._starts[tokens])
         names = [self._names[number] for number in (keys >> 32).tolist()]
         texts = [name.before + name.after + rest for name, rest in zip(names, rests, strict=True)]
-        alone = self._first_behind(names, texts)
         open_rows = [row for row, rest in enumerate(rests) if rest]
+        shortest = list(texts)
+        for row in open_rows:
+            shortest[row] = _completed(texts[row], _ONE)
+        alone = self._first_behind(names, shortest)
         more = self._going_on(
             [texts[row] for row in open_rows],
             [len(names[row].before) for row in open_rows],
             tokens[open_rows].tolist(),
             (alone[open_rows] != _NOT_KEPT).tolist(),
         )
-        rows = [row for row, what in zip(open_rows, more, strict=True) if what]
-        longer = [texts[row] + what for row, what in zip(open_rows, more, strict=True) if what]
-        going_on = alone.copy()
-        going_on[rows] = self._first_behind([names[row] for row in rows], longer)
+        longest = [
+            _going_otherwise(texts[row], shortest[row], what)
+            for row, what in zip(open_rows, more, strict=True)
+        ]
+        asked = [(row, text) for row, text in zip(open_rows, longest, strict=True) if text != shortest[row]]
+        going_on, rows = alone.copy(), [row for row, _ in asked]
+        going_on[rows] = self._first_behind([names[row] for row in rows], [text for _, text in asked])
         return (alone + 1) | ((going_on + 1) << 31)
 
     def _going_on(
@@ -332,14 +345,37 @@ class Cuts:
         return np.where(kept, ids[at], _NOT_KEPT)
 
 
-def _is_open(before: bytes) -> bool:
-    """Whether bytes end in white space or inside a character."""
-    for back, byte in enumerate(reversed(before[-3:]), start=1):
+def _missing(data: bytes) -> int:
+    """How many bytes the character lacks that data end inside of, 0 where they do not."""
+    for back, byte in enumerate(reversed(data[-3:]), start=1):
         if byte >= 0xC0:
-            return back < 2 + (byte >= 0xE0) + (byte >= 0xF0)
+            return max(2 + (byte >= 0xE0) + (byte >= 0xF0) - back, 0)
         if byte < 0x80:
             break
-    return _ends_in_space(before)
+    return 0
+
+
+def _completed(data: bytes, fill: int) -> bytes:
+    """Data with the character they end inside of made whole by `fill` (0x80..0xBF), or the next byte to it
+    that UTF-8 allows."""
+    missing = _missing(data)
+    if not missing:
+        return data
+    low, high = _SECOND_BYTES.get(data[-1], (0x80, 0xBF))
+    return data + bytes([min(max(fill, low), high)]) + bytes([fill]) * (missing - 1)
+
+
+def _going_otherwise(text: bytes, shortest: bytes, what: bytes) -> bytes:
+    """The text going on with `what`. Where it ends inside a character, which is whole in `shortest`, the next
+    byte is another than there: a token that holds that byte must not be the same by chance."""
+    longer = _completed(text + what, _OTHER)
+    at = len(text)
+    return _completed(text, _OTHER) if longer[at : at + 1] == shortest[at : at + 1] != b"" else longer
+
+
+def _is_open(before: bytes) -> bool:
+    """Whether bytes end in white space or inside a character."""
+    return _missing(before) > 0 or _ends_in_space(before)
 
 
 def _ends_in_space(data: bytes) -> bool:

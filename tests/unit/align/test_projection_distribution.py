@@ -315,6 +315,32 @@ def test_a_token_that_nothing_seen_leads_to_has_the_unseen_mass(pieces: Pieces) 
         np.testing.assert_allclose(listed(found, 0)[whole], seen, atol=1e-6)
 
 
+def test_the_beginning_of_a_character_is_no_token_before_the_character_is_whole(
+    bpe: Make, worlds: ModuleType
+) -> None:
+    """A teacher that writes a character byte by byte proposes the first of them. Which student token begins
+    there hangs on the others, unless none of its tokens is longer than that byte."""
+    teacher = bpe(worlds.SPACED, [])
+    character = "\u9fb0"  # the bytes e9 be b0, which byte-level BPE spells as these letters
+    merging, apart = bpe(worlds.SPACED, [("\u00e9", "\u00be")]), bpe(worlds.SPACED, [("z", "z")])
+    ids = np.concatenate([teacher.encode("a").ids, teacher.encode(character).ids[:1]])[None]
+    logprobs = np.log(np.asarray([[0.4, 0.6]], np.float32))
+    for student, others in ((merging, {}), (apart, {int(apart.encode(character).ids[0]): 0.6})):
+        response, scored = student.encode("a"), teacher.encode("a")
+        scores = TeacherScores(scored, logprobs[:, 0], "t", "0", ids, logprobs)
+        found = Projector(student, teacher, candidates=4)(response, scores, align(response, scored))
+        wanted = {int(response.ids[0]): 0.4, **others}
+        assert listed(found, 0) == pytest.approx(wanted, abs=1e-6)
+    # Written out, the character decides.
+    response, scored = merging.encode(character), teacher.encode(character)
+    assert len(response) == 2 and len(scored) == 3
+    path = np.log(np.asarray([[0.6], [0.5], [0.9]], np.float32))
+    scores = TeacherScores(scored, path[:, 0], "t", "0", scored.ids[:, None], path)
+    found = Projector(merging, teacher, candidates=4)(response, scores, align(response, scored))
+    np.testing.assert_allclose(found.logprob, np.log([0.3, 0.9]), atol=1e-5)
+    assert listed(found, 0).keys() == {int(response.ids[0])}
+
+
 def test_nothing_is_listed_beside_a_token_that_takes_all(bpe: Make, worlds: ModuleType) -> None:
     """Half of what is undecided counts before the second space and all behind it: its log p comes out above
     0, and is clipped."""

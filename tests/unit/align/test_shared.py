@@ -38,11 +38,16 @@ def test_each_shared_state_reads_its_own_position(spans_of: Make) -> None:
     student = spans_of([b"1", b"0", b" eggs", END])
     scores = scored(spans_of([b"10", b" eggs", END]))
     alignment = align(student, scores.response)
-    top = shared_topk(scores, alignment, np.arange(1000, dtype=np.int32), columns=3)
+    top = shared_topk(scores, alignment, np.arange(1000, dtype=np.int32), columns=4)
     np.testing.assert_array_equal(top.mask, [True, False, True, True])
-    # The token that was read joins where it was not proposed.
-    np.testing.assert_array_equal(top.ids[[0, 2, 3]], [[100, 200, 0], [101, 1, -1], [102, 202, 2]])
-    np.testing.assert_allclose(top.logprobs[[0, 2, 3]], [[-1, -2, -9], [-2, -3, -np.inf], [-3, -4, -9]])
+    # The token that was read joins where it was not proposed: last, apart from the ranks.
+    np.testing.assert_array_equal(
+        top.ids[[0, 2, 3]], [[100, 200, -1, 0], [101, 1, -1, -1], [102, 202, -1, 2]]
+    )
+    np.testing.assert_allclose(
+        top.logprobs[[0, 2, 3]],
+        [[-1, -2, -np.inf, -9], [-2, -3, -np.inf, -np.inf], [-3, -4, -np.inf, -9]],
+    )
     end = end_of_turn(scores, alignment)
     np.testing.assert_array_equal(end.mask, top.mask)
     np.testing.assert_allclose(end.logprob[end.mask], scores.end_logprobs[:3])

@@ -285,7 +285,7 @@ CONFIGS = st.builds(
         dir=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
         .filter(lambda text: text not in ("???", "/", "//"))
         .map(Path),
-        rate=st.floats(allow_nan=False),
+        rate=st.floats(allow_nan=False, allow_infinity=False),
     ),
     extra=st.dictionaries(
         st.text(alphabet=st.characters(codec="utf-8")),
@@ -306,6 +306,14 @@ def test_dump_loads_back(tmp_path_factory: Any, config: Whole) -> None:
 def test_dump_is_readable() -> None:
     text = dump(Run(steps=3, dir=Path("ü"), rate=1e-5))
     assert text == "steps: 3\ndir: ü\nseed: 0\nrate: 1.0e-05\nsignal: chunk\n"
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_number_is_finite(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"'run\.rate' is .*expected a finite number"):
+        load(path, [f"run.rate={value}"], Whole)
 
 
 def test_models_are_strict_and_frozen() -> None:

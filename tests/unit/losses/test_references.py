@@ -88,9 +88,15 @@ def gkd(lp, batch, beta, temperature, least=1e-3):
     return mean_over(batch, supported(batch, least), value)
 
 
+def ranks(part, b, t):
+    """The last column is a token that was read, wherever it ranks."""
+    last = int(part.ids[b, t, -1])
+    return [(i, p) for i, p in entries(part, b, t) if i != last]
+
+
 def uld(lp, batch):
     def value(b, t):
-        teacher = sorted((p for _, p in entries(batch.shared, b, t)), reverse=True)
+        teacher = sorted((p for _, p in ranks(batch.shared, b, t)), reverse=True)
         student = sorted(np.exp(lp[b, t]), reverse=True)[: len(teacher)]
         both = zip(with_tail(teacher), with_tail(student), strict=True)
         return sum(abs(a - b) for a, b in both)
@@ -101,11 +107,12 @@ def uld(lp, batch):
 def gold(lp, batch, beta, temperature, matched_weight, unmatched_weight):
     def value(b, t):
         pairs = zip(entries(batch.shared, b, t), batch.shared.student_ids[b, t], strict=False)
+        ranked = {i for i, _ in ranks(batch.shared, b, t)}
         matched, rest = {}, []
-        for (_, p), student_id in pairs:
+        for (i, p), student_id in pairs:
             if student_id >= 0:
                 matched[student_id] = matched.get(student_id, 0) + p
-            else:
+            elif i in ranked:
                 rest.append(p)
         student = np.exp(lp[b, t])
         divergence = jsd(
@@ -114,8 +121,8 @@ def gold(lp, batch, beta, temperature, matched_weight, unmatched_weight):
             beta,
         )
         others = sorted((student[i] for i in range(VOCAB) if i not in matched), reverse=True)
-        ranks, below = others[: len(rest)], others[len(rest) :]
-        distance = sum(abs(a - b) for a, b in zip(sorted(rest, reverse=True), ranks, strict=True))
+        top, below = others[: len(rest)], others[len(rest) :]
+        distance = sum(abs(a - b) for a, b in zip(sorted(rest, reverse=True), top, strict=True))
         distance += abs((1 - sum(matched.values()) - sum(rest)) - sum(below))
         return matched_weight * divergence + unmatched_weight * distance
 
@@ -386,6 +393,20 @@ def test_equal_distributions_cost_nothing(name):
     np.testing.assert_allclose(value, 0, atol=1e-5)
     if name not in ("uld", "gold"):  # a sum of absolute values has a corner here
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["uld", "gold"])
+def test_a_token_read_beyond_the_top_k_is_compared_with_no_rank(name):
+    """Equal distributions, of which the teacher lists four tokens and the unlikeliest, which it then read."""
+    batch, (hidden, embedding) = make_batch(), weights()
+    batch, lp = own_teacher(hidden, embedding, batch), student_logprobs(hidden, embedding)
+    lp[:, 0] = lp[:, 1]
+    ids, logprobs = batch.shared.ids.copy(), batch.shared.logprobs.copy()
+    ids[..., -1], logprobs[..., -1] = lp.argmin(axis=-1), lp.min(axis=-1)
+    unmatched = np.full_like(ids, -1)
+    shared = replace(batch.shared, ids=ids, logprobs=logprobs, student_ids=unmatched)
+    batch = on_device(replace(batch, shared=shared))
+    np.testing.assert_allclose(loss_and_gradient(EQUAL[name], batch, hidden, embedding)[0], 0, atol=1e-5)
 
 
 def test_what_is_left_of_rounding_is_not_blown_up():

@@ -135,12 +135,11 @@ def test_each_student_token_goes_to_the_beginning_of_its_bytes(student, teacher)
     assert first[student.roles["end_of_turn"]] == teacher.roles["end_of_turn"]
 
 
-def test_a_vocabulary_onto_itself_is_the_identity_where_tokens_are_canonical(teacher):
-    first = first_teacher_tokens(teacher, teacher)
-    pieces = teacher.token_bytes(range(teacher.vocab_size))
-    alone = [i for i, piece in enumerate(pieces) if piece and len(teacher.encode(piece)) == 1]
-    assert len(alone) > 0.9 * sum(map(bool, pieces))
-    np.testing.assert_array_equal(first[alone], [teacher.encode(pieces[i]).ids[0] for i in alone])
+def test_a_vocabulary_onto_itself_is_the_identity(student):
+    """Special tokens, and tokens that are not the encoding of their own bytes, among them."""
+    pieces = student.token_bytes(range(student.vocab_size))
+    assert any(student.encode(piece).ids[0] != i for i, piece in enumerate(pieces) if piece)
+    np.testing.assert_array_equal(first_teacher_tokens(student, student), np.arange(student.vocab_size))
 
 
 def test_xtoken_refuses_two_vocabularies_and_end_of_turn_finds_its_token(student, teacher):
