@@ -47,7 +47,7 @@ def with_numbers(folder: Path, lora: LoraConfig = LORA) -> Decoder:
     params = nnx.to_pure_dict(variables)
     rng = np.random.default_rng(0)
     params["adapters"] = {
-        name: jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.4 * x.shape[1] ** -0.5)
+        name: jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.2 * x.shape[1] ** -0.5)
         for name, x in params["adapters"].items()
     }
     return nnx.merge(graphdef, params)
