@@ -28,9 +28,10 @@ def baseline_values(
     - `batch`: the weighted mean of all advantages.
     - `siblings`: at each position the mean over the OTHER rows that have read the same tokens (samples of
       one prompt until they part), the leave-one-out baseline of Kool et al. 2019, equation 8, taken per
-      state; the batch's mean where a row is alone. A student that is sure of its next token draws the
-      same one in every sample: with this baseline such a state pushes nothing, where otherwise it pushes
-      its only token down for as long as the teacher dislikes the whole line, whatever the alternatives.
+      state; the batch's mean where a row is alone, its own advantage among many. A student that is sure of
+      its next token draws the same one in every sample: with this baseline such a state pushes nothing,
+      where otherwise it pushes its only token down for as long as the teacher dislikes the whole line,
+      whatever the alternatives.
     """
     if baseline == "none":
         return jnp.zeros_like(advantage)
