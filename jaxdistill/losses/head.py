@@ -30,9 +30,9 @@ Metrics = Any  # a pytree of arrays [B, C] in a tile, of scalars once summed
 Axes = tuple[str, ...]  # of the mesh
 TileObjective = Callable[[Float32[Array, "B C V"], Targets], tuple[Float32[Array, "B C"], Metrics]]
 
-# Logits of a tile on one device: 64 MiB in float32 on CPUs, 1 GiB on accelerators. There adding a tile's part to
-# the gradient of the matrix moves 8VD bytes, which takes as long as the products of about 300 rows on an H100
-# (6VD FLOPs a row, 800 TFLOP/s, 3.35 TB/s): a tile must have many more, and has 1,767 at V = 151,936.
+# Logits of a tile on one device: 64 MiB in float32 on CPUs, 1 GiB on accelerators. There adding a tile's part
+# to the gradient of the matrix moves 8VD bytes, which takes as long as the products of about 300 rows on an
+# H100 (6VD FLOPs a row, 800 TFLOP/s, 3.35 TB/s): a tile must have many more, and has 1,767 at V = 151,936.
 TILE_LOGITS = 2**24
 ACCELERATOR_TILE_LOGITS = 2**28
 
