@@ -85,7 +85,7 @@ def test_another_seed_or_step_chooses_other_prompts() -> None:
         ({"student": 0.5}, r"sum to 0\.5 at the first step"),
         ({"student": (0.5, 1.0), "reference": 0.5}, r"sum to 1\.5 at the last step"),
         ({"student": 1.5, "reference": -0.5}, "lies between 0 and 1"),
-        ({"student": math.nan, "reference": 1.0}, "lies between 0 and 1"),
+        ({"student": math.nan, "reference": 1.0}, "student.float\n  Input should be a finite number"),
         ({}, "sum to 0"),
     ],
 )
