@@ -6,7 +6,7 @@ PYTHON_IN_VENV := .venv/bin/python
 
 help:
 	@echo "make quickstart   distil the shipped toy pair across tokenizers, with a report (about two minutes)"
-	@echo "make test         the tests"
+	@echo "make test         the tests (ARGS=\"-m slow\": the slow ones)"
 	@echo "make check        lint, format, types, layers"
 	@echo "make venv         only set up .venv (Python >= 3.12; name one with PYTHON=...)"
 

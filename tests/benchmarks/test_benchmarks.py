@@ -30,6 +30,7 @@ def test_all_benchmarks_are_met():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.slow
 def test_smoke(name, tmp_path):
     out = tmp_path / "new" / "figures.json"
     command = [sys.executable, f"benchmarks/{name}.py", *ARGUMENTS.get(name, []), "--smoke", "--out", out]

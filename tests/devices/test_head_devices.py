@@ -7,6 +7,8 @@ import pytest
 from tests.devices.compiled_text import Collective
 from tests.devices.workers import run_worker
 
+pytestmark = pytest.mark.slow
+
 DATA, FSDP, EXPERT, TENSOR = MESH = (2, 2, 1, 2)
 SORTS = {"uld"}  # by probability, which takes the whole vocabulary
 

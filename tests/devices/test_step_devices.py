@@ -11,6 +11,8 @@ import pytest
 from tests.devices.compiled_text import Collective
 from tests.devices.workers import run_worker
 
+pytestmark = pytest.mark.slow
+
 # Meshes that use every axis of theirs: here the policy samples, too.
 FULL = {"dense": "2,2,1,2", "experts": "1,2,2,2"}
 ABOUT_THE_RUN = {"devices", "sharded_parameters", "collectives", "held", "aliased", "misplaced_moments"}

@@ -57,6 +57,7 @@ def trained(run: Path) -> dict[str, Any]:
     return jax.tree.map(jnp.asarray, restore_params(run / "checkpoints", None, template)[1])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bitwise_from_adapters_and_its_base(train, overrides, run, tmp_path):
     """Its checkpoints hold neither the base nor moments of it."""
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows(run)[:-1])

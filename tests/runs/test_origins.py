@@ -59,6 +59,7 @@ def test_references_are_scored_and_the_headline_is_of_the_student_alone(train, s
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.slow
 def test_sft_is_all_references_by_default_and_samples_where_it_is_told_to(train, served, data, sft, tmp_path):
     small = (*served, f"data.path={data}", "run.steps=2", "eval.prompts=2")
 
@@ -99,6 +100,7 @@ def test_sft_on_what_the_teacher_writes(train, served, data, sft, tmp_path):
     assert rows(tmp_path / "run")[0]["teacher/requests"] >= 1
 
 
+@pytest.mark.slow
 def test_a_prompt_the_teacher_has_no_room_for_is_set_aside(train, data, sft, tmp_path):
     """One of four prompts is longer than the teacher reads: three are learned from, and it has a reason."""
     lines = [json.loads(line) for line in Path(data).read_text().splitlines()[:4]]

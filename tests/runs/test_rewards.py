@@ -10,6 +10,7 @@ from .conftest import ROOT, rows
 REWARD = ("reward.scorer=final_line", "objective.reward_coefficient=0.5", "objective.baseline=batch")
 
 
+@pytest.mark.slow
 def test_a_reward_changes_what_is_learned_and_is_measured(train, served, tmp_path):
     settings = ("run.steps=2", "eval.prompts=2", "rollout.samples_per_prompt=4", "reward.normalize=none")
     for name, more in (("with", REWARD), ("without", REWARD[2:])):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from .conftest import ROOT, apart, call, kill_at_row, rows, without_clocks, words
@@ -40,6 +41,7 @@ def test_nothing_is_compiled_again_after_warm_up(finished):
     assert [row["recompiles"] for row in rows(finished)[:-1]] == [0] * 6
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_one(finished, tmp_path):
     """SIGKILL once step 4 is logged; the checkpoint before it is of step 2 or 4."""
     folder = tmp_path / "killed"
@@ -83,6 +85,7 @@ def test_export_writes_a_folder_that_loads_with_the_trained_weights(finished, tm
     )
 
 
+@pytest.mark.slow
 def test_sft_and_the_other_credits_run(train, served, tmp_path):
     for name, override in (
         ("exact", "objective.signal=exact"),

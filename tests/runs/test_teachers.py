@@ -34,6 +34,7 @@ CROSS = {"name": "cross", "kind": "embedded", "model": "assets/toy/teacher"}
 OWN = {"name": "own", "kind": "embedded", "model": "assets/toy/student", "weight": 0.5}
 
 
+@pytest.mark.slow
 def test_two_teachers_one_of_them_of_the_student_s_own_vocabulary(tmp_path: Path) -> None:
     run(tmp_path, "two", {"teachers": [CROSS | {"sources": ["toy"]}, OWN]})
     made = rows(tmp_path / "two")
@@ -48,6 +49,7 @@ def test_two_teachers_one_of_them_of_the_student_s_own_vocabulary(tmp_path: Path
     assert same == {"cross": False, "own": True}
 
 
+@pytest.mark.slow
 def test_a_replayed_run_has_the_recorded_run_s_losses(tmp_path: Path) -> None:
     scores = tmp_path / "scores"
     asked = {"top_k": 3, "end_logprobs": True}  # and so the credit is projected
