@@ -49,6 +49,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from jaxdistill.align.projection.characters import (
+    ONE,
+    completed,
+    ends_in_space,
+    going_otherwise,
+    is_open,
+)
 from jaxdistill.align.projection.contexts import context_starts
 from jaxdistill.align.projection.memory import Memory
 from jaxdistill.records import TokenSpans
@@ -57,9 +64,6 @@ from jaxdistill.text import Tokenizer
 _AHEAD = 8  # tokens behind a border that decide what the response itself says there
 _TRIED = 4  # continuations of one token, until one is found that its teacher would write
 _NOT_KEPT = -1
-# What may stand behind these first bytes of a character (Unicode 15, table 3-7); behind others 0x80 to 0xBF.
-_SECOND_BYTES = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
-_ONE, _OTHER = 0x8F, 0xBF  # two ways to complete one
 _BEHIND_SPACE = [b"a", b"1", b"=", "\u4e2d".encode()]  # of each kind that pre-tokenizers tell apart
 
 
@@ -152,7 +156,7 @@ class Cuts:
         if number is None:
             number = self._contexts[before, last, after] = len(self._names)
             self._names.append(_Context(before, last, after))
-            last_byte = _OPEN if _is_open(before) else (before or [_START])[-1]
+            last_byte = _OPEN if is_open(before) else (before or [_START])[-1]
             self._beside.append((after[0] if after else -1) << 16 | last_byte)
         return number
 
@@ -255,7 +259,7 @@ class Cuts:
         open_rows = [row for row, rest in enumerate(rests) if rest]
         shortest = list(texts)
         for row in open_rows:
-            shortest[row] = _completed(texts[row], _ONE)
+            shortest[row] = completed(texts[row], ONE)
         alone = self._first_behind(names, shortest)
         more = self._going_on(
             [texts[row] for row in open_rows],
@@ -264,7 +268,7 @@ class Cuts:
             (alone[open_rows] != _NOT_KEPT).tolist(),
         )
         longest = [
-            _going_otherwise(texts[row], shortest[row], what)
+            going_otherwise(texts[row], shortest[row], what)
             for row, what in zip(open_rows, more, strict=True)
         ]
         asked = [(row, text) for row, text in zip(open_rows, longest, strict=True) if text != shortest[row]]
@@ -309,7 +313,7 @@ class Cuts:
         return {pair: fresh[pair] if known is None else known for pair, known in found.items()}
 
     def _candidates(self, text: bytes, token: int) -> list[bytes]:
-        letter = _BEHIND_SPACE if _ends_in_space(text) else []
+        letter = _BEHIND_SPACE if ends_in_space(text) else []
         if len(text) == self._lengths[token]:  # the token itself, whole
             piece = int(self._longer_piece[token])
             return [*letter, self._pieces[piece][len(text) :]] if piece >= 0 else letter
@@ -343,45 +347,6 @@ class Cuts:
         kept = (ends[at] == border) & ((last == 0) | (ends[np.maximum(at - 1, 0)] == border - last))
         ids = np.append(ids, 0).astype(np.int64)  # behind the end of all of them: nobody's
         return np.where(kept, ids[at], _NOT_KEPT)
-
-
-def _missing(data: bytes) -> int:
-    """How many bytes the character lacks that data end inside of, 0 where they do not."""
-    for back, byte in enumerate(reversed(data[-3:]), start=1):
-        if byte >= 0xC0:
-            return max(2 + (byte >= 0xE0) + (byte >= 0xF0) - back, 0)
-        if byte < 0x80:
-            break
-    return 0
-
-
-def _completed(data: bytes, fill: int) -> bytes:
-    """Data with the character they end inside of made whole by `fill` (0x80..0xBF), or the next byte to it
-    that UTF-8 allows."""
-    missing = _missing(data)
-    if not missing:
-        return data
-    low, high = _SECOND_BYTES.get(data[-1], (0x80, 0xBF))
-    return data + bytes([min(max(fill, low), high)]) + bytes([fill]) * (missing - 1)
-
-
-def _going_otherwise(text: bytes, shortest: bytes, what: bytes) -> bytes:
-    """The text going on with `what`. Where it ends inside a character, which is whole in `shortest`, the next
-    byte is another than there: a token that holds that byte must not be the same by chance."""
-    longer = _completed(text + what, _OTHER)
-    at = len(text)
-    return _completed(text, _OTHER) if longer[at : at + 1] == shortest[at : at + 1] != b"" else longer
-
-
-def _is_open(before: bytes) -> bool:
-    """Whether bytes end in white space or inside a character."""
-    return _missing(before) > 0 or _ends_in_space(before)
-
-
-def _ends_in_space(data: bytes) -> bool:
-    if data[-1:] < b"\x80":
-        return data[-1:].decode().isspace()
-    return data[-4:].decode("utf-8", "ignore")[-1:].isspace()
 
 
 def _first_ids(tokenizer: Tokenizer, texts: Sequence[bytes]) -> Int32[np.ndarray, " N"]:
