@@ -169,17 +169,17 @@ def cache_memory(decoder: Decoder, mesh: Mesh, *, rows: int, slots: int, kv_dtyp
 def weights_memory(decoder: Decoder, mesh: Mesh) -> int:
     """Bytes of one device for `Decoder.weights`: the layers once more, in the compute dtype but for norms,
     and the output embedding where that is kept in another."""
-    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-    places = param_shardings(nnx.state(decoder, nnx.Param), mesh)
+    variables = nnx.state(decoder, nnx.Param)
+    params, places = nnx.to_pure_dict(variables), param_shardings(variables, mesh)
     output = "embedding" if decoder.config.tied_embeddings else "head"
 
-    def made(path: Any, leaf: Any, place: NamedSharding) -> int:
+    def made(path: Any, leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct | None:
         parts, name = [key.key for key in path], path[-1].key
         dtype = leaf.dtype if name.endswith("_norm") else jnp.dtype(decoder.compute_dtype)
         copied = parts[0] in ("layers", "adapters") or (parts == [output] and leaf.dtype != dtype)
-        return copied * math.prod(place.shard_shape(leaf.shape)) * dtype.itemsize
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place) if copied else None
 
-    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(made, params, places)))
+    return of_device(jax.tree_util.tree_map_with_path(made, params, places))
 
 
 def of_device(shapes: Any) -> int:
