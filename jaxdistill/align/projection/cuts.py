@@ -22,11 +22,11 @@ What follows y is not known, and may decide: `\\s+(?!\\S)` gives a run's last sp
 longer token may reach over e or take y's last bytes away, half a character may be completed. So each
 question is asked twice, with nothing behind y and with y going on in the way that most readily turns the
 answer: where the student cuts, to the first token of the vocabulary (merges come in order of frequency) that
-begins with the context and y and is longer; else, behind white space, to a letter, a digit or a sign; else to
-the first longer token that begins with y. Only what the teacher's tokenizer would write so counts: behind its
-token " the" no "re" follows if it has " there". Where the two answers differ, what follows decides. Two
-answers that agree are taken for certain; some third continuation may still say otherwise. A role token ends
-y for certain. Where more of what follows is known, `longer` makes it part of the context.
+begins with the context and y and is longer; else, behind white space, to a letter, an emoji, a sign or a
+digit; else to the first longer token that begins with y. Only what the teacher's tokenizer would write so
+counts: behind its token " the" no "re" follows if it has " there". Where the two answers differ, what follows
+decides. Two answers that agree are taken for certain; some third continuation may still say otherwise. A role
+token ends y for certain. Where more of what follows is known, `longer` makes it part of the context.
 
 Where y ends inside a character the rest of that is sure to follow, and until it does there is no text to cut:
 `encode` writes the beginning of a character as single bytes, and often otherwise once it is whole. So both
@@ -64,7 +64,9 @@ from jaxdistill.text import Tokenizer
 _AHEAD = 8  # tokens behind a border that decide what the response itself says there
 _TRIED = 4  # continuations of one token, until one is found that its teacher would write
 _NOT_KEPT = -1
-_BEHIND_SPACE = [b"a", b"1", b"=", "\u4e2d".encode()]  # of each kind that pre-tokenizers tell apart
+# One of each kind that pre-tokenizers tell apart, first those that more vocabularies join to a space: many
+# teachers write a space alone before emoji, which they write in bytes, and before digits.
+_BEHIND_SPACE = [b"a", "\U0001f600".encode(), b"=", "\u4e2d".encode(), b"1"]
 
 
 class _Context(NamedTuple):
@@ -291,7 +293,7 @@ class Cuts:
 
     def _find_continuations(self, asked: Sequence[tuple[bytes, int]]) -> dict[tuple[bytes, int], bytes]:
         """For each text and the teacher token it ends with, one behind which the teacher still writes this
-        token: behind white space a letter, digit or sign, else the rest of the first longer student token.
+        token: behind white space one of `_BEHIND_SPACE`, else the rest of the first longer student token.
 
         Those of no more than the token are remembered; a longer text comes once, its answer is."""
         found = {pair: self._continuations.get(pair) for pair in asked}
