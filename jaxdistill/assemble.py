@@ -4,8 +4,9 @@ Everything that can be wrong with a config is found before the run folder is tou
 weights, mesh, and a teacher that answers. Only then is anything written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,39 +16,64 @@ from flax import nnx
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collector
 from jaxdistill.config import dump
+from jaxdistill.errors import ConfigError
 from jaxdistill.evaluation import Evaluator, References, StudentLogprobs
-from jaxdistill.inputs import Student, read_inputs
+from jaxdistill.inputs import Inputs, Student, read_inputs
 from jaxdistill.loop import Run
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
+from jaxdistill.parallel import processes
+from jaxdistill.parallel.rules import padded_rows, place_batch
+from jaxdistill.pipeline import Pipeline
 from jaxdistill.planner import memory_plan
 from jaxdistill.records import Origin, Prompt, Rollout
 from jaxdistill.rewards import Rewards
 from jaxdistill.run_config import RunConfig
-from jaxdistill.run_folder import open_run_folder
+from jaxdistill.run_folder import check_run_folder, open_run_folder
 from jaxdistill.samplers import LocalSampler, MixedSampler, Sampler, TeacherSampler
 from jaxdistill.scoring import Scoring
+from jaxdistill.skipped import SkippedBatches
 from jaxdistill.step import initial_state, make_train_step
+from jaxdistill.stopping import Stop
 from jaxdistill.students import Decoder, read_config
-from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, TeacherConfig, Teachers, build_all
+from jaxdistill.teachers import (
+    EmbeddedConfig,
+    ReplayConfig,
+    ServedSettings,
+    TeacherConfig,
+    Teachers,
+    build_all,
+)
 from jaxdistill.text import Tokenizer
 
 
 @contextmanager
-def assemble(config: RunConfig) -> Iterator[Run]:
-    """Build the run; on exit its teacher, files and background saves are closed, whatever happened."""
-    inputs = read_inputs(config)
+def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[str] = ()) -> Iterator[Run]:
+    """Build the run; on exit its teacher, files and background saves are closed, whatever happened.
+
+    `stop` is what its caller listens with; without one nothing but an exception ends the run early.
+    `allowed`: what a run that goes on may have changed (`open_run_folder`, `write_manifest`)."""
+    check_run_folder(config.run.dir, dump(config), config.run.steps, allowed)  # before anything is loaded
     with ExitStack() as stack:
         teachers: Teachers | None = None
-        if config.all_teachers:
-            teachers = build_all(config.all_teachers, inputs.vocabularies.teachers, seed=config.run.seed)
-            stack.callback(teachers.close)
+        with processes.together("the start of the run"):
+            inputs = read_inputs(config)
+            if config.all_teachers:
+                teachers = build_all(config.all_teachers, inputs.vocabularies.teachers, seed=config.run.seed)
+                stack.callback(teachers.close)
+        check_alike(config, inputs)
         compiles = CompileCounter()
         stack.callback(compiles.close)
-        stopwatch = Stopwatch(lambda: compiles.programs)
-        folder = stack.enter_context(open_run_folder(config.run.dir, dump(config), config.run.steps))
-        write_manifest(folder, config, inputs, teachers)
+        stopwatch = Stopwatch(lambda: compiles.here)
+        folder = config.run.dir
+        with processes.together("the run folder"):
+            if processes.leads():
+                stack.enter_context(open_run_folder(folder, dump(config), config.run.steps, allowed))
+                write_manifest(folder, config, inputs, teachers, allowed)
+        # What a run has once, process 0 writes; what there is of each process's rows, each for itself.
+        once = folder if processes.leads() else None
+        own = "" if processes.leads() else f"-{processes.index()}"
         schedule = learning_rate(config.optimizer, config.run.steps)
         optimizer = make_optimizer(config.optimizer, config.run.steps)
         accumulation = config.optimizer.gradient_accumulation_steps
@@ -69,12 +95,27 @@ def assemble(config: RunConfig) -> Iterator[Run]:
                 teachers, inputs.tokenizer, config.rollout, seed=config.run.seed
             )
         sampler = MixedSampler(samplers, config.origin_schedule)
-        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+        checkpoints = Checkpoints(folder, config.checkpoint)
         stack.callback(checkpoints.close)
+        collector = Collector(
+            sampler,
+            scoring,
+            config.buckets,
+            padded_rows(sampler.schedule.rows, inputs.mesh, accumulation),
+            stopwatch,
+            rewards=None if config.reward is None else Rewards.build(config.reward),
+        )
+        batches = Pipeline(
+            inputs.prompts,
+            collector.sample,
+            collector.finish,
+            stopwatch,
+            steps=config.run.steps,
+            ahead=config.rollout.max_staleness,
+        )
+        stack.callback(batches.close)
         metrics = stack.enter_context(
-            MetricsLog(
-                folder, tensorboard=config.run.tensorboard, total_steps=config.run.steps, progress=True
-            )
+            MetricsLog(once, tensorboard=config.run.tensorboard, total_steps=config.run.steps, progress=True)
         )
         yield Run(
             dir=folder,
@@ -94,25 +135,39 @@ def assemble(config: RunConfig) -> Iterator[Run]:
             prompts=inputs.prompts,
             policy=policy,
             teachers=teachers,
-            collect=Collector(
-                sampler,
-                scoring,
-                config.buckets,
-                inputs.mesh,
-                stopwatch,
-                rewards=None if config.reward is None else Rewards.build(config.reward),
-                parts=accumulation,
-            ),
+            batches=batches,
+            place=partial(place_batch, mesh=inputs.mesh),
             evaluator=build_evaluator(
                 config, inputs, graphdef, inputs.heldout, inputs.heldout_references, teachers
             ),
             checkpoints=checkpoints,
             metrics=metrics,
-            samples=SampleLog(folder),
-            quarantine=RowFile(folder / "quarantine.jsonl"),
+            samples=SampleLog(once),
+            quarantine=RowFile(folder / f"quarantine{own}.jsonl"),
+            skipped=SkippedBatches(folder / f"skipped{own}", config.optimizer.max_skipped),
+            stop=stop or Stop(),
             example_every=None if inputs.heldout else config.eval.every,
             stopwatch=stopwatch,
         )
+
+
+def check_alike(config: RunConfig, inputs: Inputs) -> None:
+    """Raise `ConfigError` where processes of one run were given different configs or data, or would write the
+    answers of a teacher into one folder."""
+    said = {"config": dump(config), "data": inputs.prompts.fingerprint}
+    for number, theirs in enumerate(processes.gather("the configs", said)):
+        for what, value in said.items():
+            if theirs[what] != value:
+                raise ConfigError(
+                    f"process {number} has another {what} than process {processes.index()}; all processes "
+                    "of a run are given the same"
+                )
+    for one in config.all_teachers:
+        if processes.count() > 1 and isinstance(one, ServedSettings) and one.record:
+            raise ConfigError(
+                f"teacher {one.name!r} records into {one.record}, which one process alone can write, and the "
+                f"run has {processes.count()}; record with one process, or leave teacher.record out"
+            )
 
 
 def build_evaluator(
@@ -126,17 +181,20 @@ def build_evaluator(
     """The evaluation of a config, as many rows at a time as a step has; without `references` none are
     measured."""
     rows = config.data.prompts_per_step * config.rollout.samples_per_prompt
+    own = -(-rows // processes.count())
     scoring = None if teachers is None else Scoring(teachers, student.tokenizer, Stopwatch())
     measured = None
     if references:
-        logprobs = StudentLogprobs(graphdef, student.mesh, config.buckets, rows)
+        logprobs = StudentLogprobs(graphdef, student.mesh, config.buckets, own)
         measured = References(references, logprobs, scoring)
     return Evaluator(config.eval, heldout, scoring, config.run.steps, rows, measured)
 
 
-def plan(config: RunConfig) -> str:
-    """What `--dry-run` prints: everything is read and checked, nothing is written, started or asked."""
-    inputs = read_inputs(config)
+def plan(config: RunConfig, device_memory: float | None = None) -> str:
+    """What `--dry-run` prints: everything is checked, of the student's weights the files' headers; nothing is
+    written, started or asked, and no weights are put on a device. `device_memory`: bytes of each device, for
+    the plan of another machine; None for what the devices here say they have."""
+    inputs = read_inputs(config, shapes_only=True)
     return "\n".join(
         [
             dump(config).rstrip(),
@@ -147,7 +205,7 @@ def plan(config: RunConfig) -> str:
             f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
             f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
-            *memory_plan(config, inputs),
+            *memory_plan(config, inputs, device_memory),
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
         ]
     )

@@ -1,23 +1,32 @@
-"""Prompts -> one device batch: sample, score, align, pack, place."""
+"""Prompts -> one batch, in two halves: the student answers, then the answers are scored, aligned and packed.
+
+The second half asks the teacher and needs no device, so that it may run beside the training (`pipeline`).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-from jax.sharding import Mesh
+from typing import NamedTuple
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.metrics import Stopwatch
-from jaxdistill.packing import pack
-from jaxdistill.parallel.rules import padded_rows, place_batch
+from jaxdistill.packing import bucket_of, pack
+from jaxdistill.parallel import processes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.rewards import Rewards
 from jaxdistill.samplers import MixedSampler
 from jaxdistill.scoring import Scored, Scoring
 
 
+class Sampled(NamedTuple):
+    """This process's responses of a step, and the padded length its batch has in all processes."""
+
+    rollouts: Sequence[Rollout]
+    length: int
+
+
 @dataclass(frozen=True)
 class Collected:
-    """A device batch and the host records it was made of; `scored` is None without a teacher. `metrics`
+    """A batch on the host and the records it was made of; `scored` is None without a teacher. `metrics`
     are those of the rewards."""
 
     batch: Batch
@@ -28,31 +37,35 @@ class Collected:
 
 @dataclass(frozen=True)
 class Collector:
-    """The host path of a batch. Without `scoring` (`sft`) rows carry no teacher signal, without `rewards` no
-    task reward. Who answers a prompt changes from step to step, the number of rows does not: padding fills up
-    to the most there can be, in whole `parts`."""
+    """The host path of a batch of `rows` of this process. Without `scoring` (`sft`) rows carry no teacher
+    signal, without `rewards` no task reward. Who answers a prompt changes from step to step, the number of
+    rows does not: padding fills up to `rows`."""
 
     sampler: MixedSampler
     scoring: Scoring | None
     buckets: Sequence[int]
-    mesh: Mesh
+    rows: int
     stopwatch: Stopwatch
     rewards: Rewards | None = None
-    parts: int = 1
 
-    def __call__(self, prompts: Sequence[Prompt], version: int) -> Collected:
-        schedule = self.sampler.schedule
+    def sample(self, prompts: Sequence[Prompt], step: int) -> Sampled:
+        """The responses that `step` trains on."""
         # The first step with a prompt for the student compiles its sampling, whichever step that is.
-        with self.stopwatch.stage("rollout", variant="student" in schedule.choose(version)):
-            rollouts = self.sampler.sample(prompts, version)
+        with self.stopwatch.stage("rollout", variant="student" in self.sampler.schedule.choose(step)):
+            rollouts = self.sampler.sample(prompts, step)
+            return Sampled(
+                rollouts, processes.agree_max("the length of a batch", bucket_of(rollouts, self.buckets))
+            )
+
+    def finish(self, sampled: Sampled) -> Collected:
+        """Responses with what teachers and scorers say of them, as a padded batch of numpy arrays."""
+        rollouts, length = sampled
         scored = None if self.scoring is None else self.scoring(rollouts)
         rewards, metrics = None, {}
         if self.rewards is not None:
             with self.stopwatch.stage("reward"):
                 rewards, metrics = self.rewards(rollouts)
         with self.stopwatch.stage("pack"):
-            rows = padded_rows(schedule.rows, self.mesh, self.parts)
             targets = [None] * len(rollouts) if scored is None else scored.targets
-            packed = pack(rollouts, targets, buckets=self.buckets, rows=rows, rewards=rewards)
-            batch = place_batch(packed, self.mesh)
+            batch = pack(rollouts, targets, buckets=[length], rows=self.rows, rewards=rewards)
         return Collected(batch, rollouts, scored, metrics)

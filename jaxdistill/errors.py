@@ -45,5 +45,11 @@ class NonFiniteError(JaxDistillError, FloatingPointError):
     """A loss or gradient is not a finite number."""
 
 
+class ProcessError(JaxDistillError, RuntimeError):
+    """Another process of the run is missing, or failed in a way only its own log tells."""
+
+    exit_code = 75
+
+
 class CheckpointError(JaxDistillError, RuntimeError):
     """A checkpoint could not be written, read, or does not belong to this run."""

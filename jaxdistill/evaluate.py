@@ -82,7 +82,7 @@ def evaluate(
     if run is not None:
         check_base(run, config)
         trained, frozen = trained_and_frozen(params)
-        at, trained = restore_params(run / "checkpoints", step, like(trained))
+        at, trained = restore_params(run, step, like(trained))
         params = frozen | trained
     sampler = LocalSampler(graphdef, student.tokenizer, config.rollout, student.mesh, seed=config.run.seed)
     sampler.push(params, version=at)

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxdistill.checkpoint import restore_params
 from jaxdistill.cli import exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.manifest import check_base
+from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings
 from jaxdistill.run_config import RunConfig
 from jaxdistill.students import (
     Decoder,
@@ -88,16 +91,25 @@ def export(
     if adapters and lora is None:
         raise ConfigError(f"{run} has no adapters: it was made without student.lora; leave --adapters out")
     check_base(run, config)
+    # Over all devices that are there: no host holds more than the tensor that is being written.
+    mesh = make_mesh(MeshConfig())
     blank = abstract_decoder(read_config(source), lora=lora)
-    template, _ = trained_and_frozen(nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
-    chosen, trained = restore_params(run / "checkpoints", step, template)
+    variables = nnx.state(blank, nnx.Param)
+    template, _ = trained_and_frozen(
+        jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            nnx.to_pure_dict(variables),
+            param_shardings(variables, mesh),
+        )
+    )
+    chosen, trained = restore_params(run, step, template)
     fresh, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     if adapters and lora is not None:
         save_adapters(trained["adapters"], fresh, config=blank.config, lora=lora, base=config.student.path)
     else:
-        save_decoder(_whole(config, trained), fresh, source=source, dtype=dtype)
+        save_decoder(_whole(config, trained, mesh), fresh, source=source, dtype=dtype)
     if chat_template is not None:  # what it learned to read is part of the model
         (fresh / "chat_template.jinja").write_bytes(chat_template)
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")
@@ -108,12 +120,13 @@ def export(
     return chosen
 
 
-def _whole(config: RunConfig, trained: Any) -> Decoder:
-    """The student as a model of its family: what was trained, merged into the rest where there is a rest."""
+def _whole(config: RunConfig, trained: Any, mesh: Mesh) -> Decoder:
+    """The student on `mesh` as a model of its family: what was trained, merged into the rest where there is
+    a rest."""
     source = Path(config.student.path)
     if config.student.lora is None:
         return nnx.merge(nnx.split(abstract_decoder(read_config(source)), nnx.Param)[0], trained)
-    graphdef, base = nnx.split(load_decoder(source), nnx.Param)
+    graphdef, base = nnx.split(load_decoder(source, mesh=mesh), nnx.Param)
     return nnx.merge(graphdef, merge(nnx.to_pure_dict(base) | trained, config.student.lora))
 
 

@@ -6,17 +6,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
-from jaxdistill.parallel import make_mesh
+from jaxdistill.parallel import make_mesh, processes
+from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig, StudentConfig
 from jaxdistill.samplers import ReferenceSampler, render_prompt
 from jaxdistill.scorers import load_scorer
-from jaxdistill.students import Decoder, choose_attention, load_decoder, read_config
+from jaxdistill.students import (
+    Decoder,
+    DecoderConfig,
+    abstract_decoder,
+    choose_attention,
+    load_decoder,
+    read_config,
+    trained_and_frozen,
+)
+from jaxdistill.students.attention import Attention
+from jaxdistill.students.checkpoint import layer_tensors
+from jaxdistill.students.tensor_files import TensorFiles
+from jaxdistill.students.weights import _check_experts, _Reader
 from jaxdistill.teachers import Routes
 from jaxdistill.text import Tokenizer
 
@@ -33,8 +47,8 @@ class Student:
 @dataclass(frozen=True)
 class Inputs(Student):
     """What a run reads: the student and the data, loaded and checked; nothing in it has side effects.
-    `heldout_references` are the held-out rows' reference responses, if `eval.references` asks for them;
-    `vocabularies` has the teachers' tokenizers in the config's order."""
+    `heldout_references` are this process's share of the held-out rows' reference responses, if
+    `eval.references` asks for them; `vocabularies` has the teachers' tokenizers in the config's order."""
 
     prompts: PromptStream
     heldout: list[Prompt]
@@ -44,12 +58,17 @@ class Inputs(Student):
     objective: Objective
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Load the data, the student and the tokenizers, and build the objective. Raises `ConfigError` or
-    `DataError`."""
+def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
+    """Load the data, the student (`shapes_only` as in `read_student`) and the tokenizers, and build the
+    objective. Raises `ConfigError` or `DataError`."""
     rows = read_prompts(config.data.path)
+    if config.data.prompts_per_step % processes.count():
+        raise ConfigError(
+            f"data.prompts_per_step={config.data.prompts_per_step} is no multiple of the {processes.count()} "
+            "processes of this run, which answer as many prompts each; change one of them"
+        )
     prompts = PromptStream(rows, config.data, seed=config.run.seed)
-    student = read_student(config)
+    student = read_student(config, shapes_only=shapes_only)
     heldout, heldout_references = read_heldout(config, student.tokenizer)
     # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
     references = ReferenceSampler(student.tokenizer, config.rollout, scored=config.objective.needs_teacher)
@@ -57,7 +76,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         for row in rows:
             render_prompt(student.tokenizer, row, config.rollout)
     if config.origins.most("reference"):
-        references.sample(rows, version=0)
+        references.sample(rows, step=0)
     if config.reward is not None:
         scorer = load_scorer(config.reward.scorer)
         if not any([scorer.judges(row) for row in rows]):
@@ -82,9 +101,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     )
 
 
-def read_student(config: RunConfig) -> Student:
-    """Load the student and its tokenizer. Raises `ConfigError` where they do not fit each other, or the rows
-    of the run."""
+def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
+    """Load the student and its tokenizer; with `shapes_only` a decoder of shapes, for which of the weights'
+    files only the headers are read and nothing is put on a device. Raises `ConfigError` where they do not fit
+    each other, or the rows of the run."""
     if config.run.compilation_cache is not None:
         # Before anything is compiled: jax asks for the folder once.
         jax.config.update("jax_compilation_cache_dir", str(config.run.compilation_cache.expanduser()))
@@ -92,15 +112,20 @@ def read_student(config: RunConfig) -> Student:
     dtype = compute_dtype(config.student)
     lengths = sorted({config.rollout.max_prompt_tokens, *config.buckets})
     shape = read_config(Path(config.student.path))
-    decoder = load_decoder(
-        config.student.path,
-        mesh=mesh,
-        compute_dtype=dtype,
-        remat=config.student.remat,
-        attention=choose_attention(config.student.attention, shape, lengths, dtype, mesh),
-        lora=config.student.lora,
-        seed=config.run.seed,
-    )
+    attention = choose_attention(config.student.attention, shape, lengths, dtype, mesh)
+    if shapes_only:
+        decoder = student_shapes(config.student, shape, mesh, attention)
+        check_folder(Path(config.student.path), decoder, mesh)
+    else:
+        decoder = load_decoder(
+            config.student.path,
+            mesh=mesh,
+            compute_dtype=dtype,
+            remat=config.student.remat,
+            attention=attention,
+            lora=config.student.lora,
+            seed=config.run.seed,
+        )
     tokenizer = Tokenizer.load(
         config.student.path, roles=config.student.roles, chat_template=config.student.chat_template
     )
@@ -121,6 +146,31 @@ def read_student(config: RunConfig) -> Student:
             "shapes.buckets"
         )
     return Student(tokenizer, decoder, mesh)
+
+
+def student_shapes(config: StudentConfig, shape: DecoderConfig, mesh: Mesh, attention: Attention) -> Decoder:
+    """The decoder that `load_decoder` would make of a model of this `shape`, its parameters as shapes in the
+    dtypes they would have: beside adapters, matrices are kept in the compute dtype."""
+    dtype = compute_dtype(config)
+    decoder = abstract_decoder(
+        shape, mesh=mesh, compute_dtype=dtype, remat=config.remat, attention=attention, lora=config.lora
+    )
+    graphdef, variables = nnx.split(decoder, nnx.Param)
+    trained, frozen = trained_and_frozen(nnx.to_pure_dict(variables))
+
+    def kept(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf if path[-1].key.endswith("_norm") else jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return nnx.merge(graphdef, trained | jax.tree_util.tree_map_with_path(kept, frozen))
+
+
+def check_folder(folder: Path, decoder: Decoder, mesh: AnyMesh) -> None:
+    """Raise the `ConfigError` with which `load_decoder` would refuse the model in `folder` for this `decoder`
+    of shapes: by the headers of its files alone, which say every tensor's name and shape."""
+    if mesh.shape["expert"] > 1:
+        _check_experts(decoder.config, mesh.shape["expert"], folder)
+    shapes = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    _Reader(TensorFiles(folder), layer_tensors(decoder.config), decoder.config.num_layers, shapes)
 
 
 def compute_dtype(config: StudentConfig) -> Any:
@@ -151,4 +201,4 @@ def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Prompt],
             f"eval.references=true, but no row of eval.path={path} has a reference: messages that end with "
             "the assistant's turn, or a 'response'; add them, or set eval.references=false"
         )
-    return prompts, ReferenceSampler(tokenizer, config.rollout, scored=True).sample(answered, version=0)
+    return prompts, ReferenceSampler(tokenizer, config.rollout, scored=True).sample(answered, step=0)

@@ -1,7 +1,7 @@
 """The run, on one screen."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,19 @@ import jax
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.checkpoint import Checkpoints
-from jaxdistill.collect import Collected, Collector
+from jaxdistill.collect import Collected
 from jaxdistill.data import PromptStream
-from jaxdistill.errors import JaxDistillError, NonFiniteError, TeacherContractError
+from jaxdistill.errors import CheckpointError, JaxDistillError, ProcessError, TeacherContractError
 from jaxdistill.evaluation import Evaluator, samples_of
 from jaxdistill.metrics import MetricsLog, RowFile, SampleLog, Stopwatch
+from jaxdistill.parallel import processes
+from jaxdistill.pipeline import Pipeline, staleness
 from jaxdistill.records import Rollout
 from jaxdistill.samplers import Sampler
 from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows
+from jaxdistill.skipped import SkippedBatches
 from jaxdistill.step import Metrics, TrainState
+from jaxdistill.stopping import Stop, Stopped
 from jaxdistill.teachers import Teachers
 
 EXAMPLES = 8  # training responses in the sample table of a run without held-out prompts
@@ -28,8 +32,8 @@ EXAMPLES = 8  # training responses in the sample table of a run without held-out
 class Run:
     """Everything a run is made of; built by `assemble`. `frozen`: the parameters that are not trained, which
     with those of a state make the student. `example_every`: how often training responses go into the sample
-    table, None where held-out ones do. `quarantine`: responses that got no scores, and prompts that got no
-    response."""
+    table, None where held-out ones do. `place` puts a batch on the devices. `quarantine`: responses that got
+    no scores, and prompts that got no response."""
 
     dir: Path
     steps: int
@@ -40,12 +44,15 @@ class Run:
     prompts: PromptStream
     policy: Sampler
     teachers: Teachers | None
-    collect: Collector
+    batches: Pipeline
+    place: Callable[[Batch], Batch]
     evaluator: Evaluator
     checkpoints: Checkpoints
     metrics: MetricsLog
     samples: SampleLog
     quarantine: RowFile
+    skipped: SkippedBatches
+    stop: Stop
     example_every: int | None
     stopwatch: Stopwatch
 
@@ -53,8 +60,9 @@ class Run:
 def train(run: Run) -> TrainState:
     """Train from the newest checkpoint (or the start) to the last step.
 
-    A teacher that is gone or answers nonsense, or a row that cannot be used, ends the run with a
-    checkpoint of the step it stopped at; everything else leaves the last periodic one.
+    A teacher that is gone or answers nonsense, a row that cannot be used, and a stop that was asked for end
+    the run with a checkpoint of the step it ended at; everything else leaves the last periodic one. What ends
+    it in one of several processes ends it in all, at the same step; one that is missing is named.
     """
     state = run.checkpoints.restore_or(run.initial, run.prompts)
     first = int(state.step)
@@ -62,43 +70,80 @@ def train(run: Run) -> TrainState:
     run.samples.resume_at(first)
     run.quarantine.replace_from(first)
     run.policy.push(run.frozen | state.params, version=first)
+    run.stopwatch.take()
     for step in range(first, run.steps):
-        position = run.prompts.state()
-        if run.checkpoints.due(step):
-            run.metrics.flush()  # no step the checkpoint counts may lack its row
-            run.checkpoints.save(step, state, position)
-        try:
-            if run.evaluator.due(step):
-                evaluate(run, run.frozen | state.params, step)
-            collected = run.collect(next(run.prompts), version=step)
+        position = run.batches.position
+        with saved_on_failure(run, step, state, position):
+            evaluated = evaluate(run, run.frozen | state.params, step)
+        if run.checkpoints.due(step, evaluated):
+            save(run, step, state, position, evaluated)
+        with saved_on_failure(run, step, state, position):
+            with run.stop.at_once():
+                collected = run.batches.take(step)
             set_aside(run, step, collected.rollouts, collected.scored)
-        except JaxDistillError:  # the state before the step is sound, whatever the data or teacher did
-            run.metrics.flush()
-            run.checkpoints.save(step, state, position)
-            raise
-        with run.stopwatch.stage("train", variant=collected.batch.tokens.shape):
-            state, metrics = run.train_step(state, run.frozen, collected.batch)
+            # Saving went on beside all that; no step is made before it is whole, so that a kill at any time
+            # costs at most one interval.
+            run.checkpoints.settle()
+        batch = run.place(collected.batch)
+        with (
+            processes.together(f"the update of step {step}"),
+            processes.watched(f"the update of step {step}"),
+            run.stopwatch.stage("train", variant=batch.tokens.shape),
+        ):
+            state, metrics = run.train_step(state, run.frozen, batch)
             metrics = jax.device_get(metrics)
         run.policy.push(run.frozen | state.params, version=step + 1)
-        run.metrics.log(step, step_values(run, step, collected, metrics))
+        values = step_values(run, step, collected, metrics)
+        run.metrics.log(step, values)
+        with saved_on_failure(run, step + 1, state, run.batches.position):
+            run.skipped.note(step, collected.batch, values)
         if run.example_every is not None and step % run.example_every == 0:
             run.samples.log(step, samples_of(collected.rollouts[:EXAMPLES], collected.scored))
-    # Saved before the last evaluation: a teacher that is gone by then costs no step.
-    run.metrics.flush()
-    run.checkpoints.save(run.steps, state, run.prompts.state())
-    if run.evaluator.due(run.steps):
-        evaluate(run, run.frozen | state.params, run.steps)
+    position = run.batches.position
+    with saved_on_failure(run, run.steps, state, position):
+        evaluated = evaluate(run, run.frozen | state.params, run.steps)
+    save(run, run.steps, state, position, evaluated)
     return state
 
 
-def evaluate(run: Run, params: Any, step: int) -> None:
-    """Evaluate the pushed policy, whose weights are `params`; its values join row `step` of the metrics."""
-    with run.stopwatch.stage("evaluate"):
+@contextmanager
+def saved_on_failure(run: Run, step: int, state: TrainState, position: Mapping[str, Any]) -> Iterator[None]:
+    """What fails or is stopped here has not touched `state`, which is saved as the one before `step`. It ends
+    alike in all processes; without one of them nothing can be saved."""
+    try:
+        with processes.together(f"step {step}", run.stop):
+            yield
+    except (JaxDistillError, Stopped) as error:
+        if not isinstance(error, CheckpointError | ProcessError):
+            save(run, step, state, position)
+        raise
+
+
+def save(
+    run: Run,
+    step: int,
+    state: TrainState,
+    position: Mapping[str, Any],
+    evaluated: Mapping[str, float] | None = None,
+) -> None:
+    """Save the state before `step`; no step the checkpoint counts may lack its row of metrics."""
+    run.metrics.flush()
+    run.checkpoints.save(step, state, position, evaluated)
+
+
+def evaluate(run: Run, params: Any, step: int) -> dict[str, float]:
+    """Evaluate the pushed policy, whose weights are `params`, where it is due before `step` (else the result
+    is empty); the values join row `step` of the metrics."""
+    if not run.evaluator.due(step):
+        return {}
+    with run.stopwatch.stage("evaluate"), run.stop.at_once():
         evaluation = run.evaluator(run.policy, params, step)
-    run.metrics.log(step, {f"eval/{name}": mean.value for name, mean in evaluation.metrics.items()})
+    values = {f"eval/{name}": mean.value for name, mean in evaluation.metrics.items()}
+    run.metrics.log(step, values)
     run.samples.log(step, evaluation.samples)
     if evaluation.scored is not None:
         set_aside(run, step, evaluation.scored.rollouts, evaluation.scored)
+    return values
 
 
 def set_aside(run: Run, step: int, rollouts: Sequence[Rollout], scored: Scored | None) -> None:
@@ -120,29 +165,26 @@ def set_aside(run: Run, step: int, rollouts: Sequence[Rollout], scored: Scored |
 
 
 def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str, Mean]) -> dict[str, float]:
-    """One row of metrics.jsonl. Raises `NonFiniteError` if the loss or the gradient is not finite."""
-    means = dict(metrics) | dict(collected.metrics)
+    """One row of metrics.jsonl: over the rows of all processes, the times those of the slowest."""
+    means = dict(collected.metrics) | {"staleness": staleness(collected, step)}
     if collected.scored is not None:
         means |= distillation_metrics(collected.scored, list(run.teachers.members) if run.teachers else [])
-    values = {name: mean.value for name, mean in means.items()}
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise NonFiniteError(
-                f"{name} is {values[name]} at step {step}; the last checkpoint is of step "
-                f"{run.checkpoints.latest()}: lower optimizer.learning_rate or optimizer.clip_norm, or look "
-                "at the data of this step"
-            )
     counts = {} if run.teachers is None else run.teachers.take_counts()
-    seconds = run.stopwatch.take()
-    spent = sum(value for name, value in seconds.items() if name != "evaluate")
-    tokens = sum(len(rollout.response) for rollout in collected.rollouts)
+    counts["tokens"] = float(sum(len(rollout.response) for rollout in collected.rollouts))
+    counts = {f"counts/{name}": Mean(count, 1.0) for name, count in counts.items()}
+    totals = processes.summed(f"the metrics of step {step}", means | counts)
+    counts = {name.removeprefix("counts/"): float(totals.pop(name).total) for name in counts}
+    seconds, elapsed = run.stopwatch.take()
+    times = {f"seconds/{name}": value for name, value in seconds.items()}
+    times |= {"recompiles": float(run.stopwatch.recompiles), "spent": elapsed - seconds.get("evaluate", 0.0)}
+    times = processes.worst(f"the times of step {step}", times)
+    values = {name: mean.value for name, mean in (dict(metrics) | totals).items()}
     return (
         values
-        | counts
+        | {name: count for name, count in counts.items() if name != "tokens"}
         | {
-            "learning_rate": float(run.learning_rate(step)),
-            "tokens_per_second": tokens / spent,
-            "recompiles": float(run.stopwatch.recompiles),
-            **{f"seconds/{name}": value for name, value in seconds.items()},
+            "learning_rate": float(run.learning_rate(int(values["updates"]))),
+            "tokens_per_second": counts["tokens"] / times.pop("spent"),
+            **times,
         }
     )

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +27,17 @@ class _Recorded(NamedTuple):
     teachers: Mapping[str, TeacherIdentity]
 
 
-def write_manifest(folder: Path, config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> None:
-    """Write manifest.json into the run's folder. A run that goes on there must have the student's tokenizer,
-    the chat templates, the weights beside its adapters (`ConfigError` else) and the teachers
-    (`TeacherContractError`) it began with; where it has not, the file stays as it was."""
+def write_manifest(
+    folder: Path,
+    config: RunConfig,
+    inputs: Inputs,
+    teachers: Teachers | None,
+    allowed: Collection[str] = (),
+) -> None:
+    """Write manifest.json into the run's folder. A run that goes on there must have the data, the student's
+    tokenizer, the chat templates, the weights beside its adapters (`ConfigError` else) and the teachers
+    (`TeacherContractError`) it began with, but for the fields `allowed` to change (teachers.NAME for a
+    teacher); where it has not, the file stays as it was."""
     path = folder / "manifest.json"
     facts = manifest(config, inputs, teachers)
     if has_begun(folder):
@@ -41,8 +48,10 @@ def write_manifest(folder: Path, config: RunConfig, inputs: Inputs, teachers: Te
                 f"{path} says nothing of teacher {missing[0]!r}, although the run has begun; restore it, or "
                 "use another run.dir"
             )
-        _check_fingerprints(path, before.fingerprints, now.fingerprints)
+        _check_fingerprints(path, before.fingerprints, now.fingerprints, allowed)
         for name, identity in now.teachers.items():
+            if f"teachers.{name}" in allowed:
+                continue
             _check_teacher(path, config, name, before.teachers[name], identity)
             # What was first seen stays the measure: a teacher must not drift from resume to resume.
             facts["teachers"][name]["identity"] = before.teachers[name].to_json()
@@ -99,16 +108,19 @@ def check_base(run: Path, config: RunConfig) -> None:
     now: with these they mean nothing."""
     path = run / "manifest.json"
     if now := {f"student.{name}": value for name, value in _base(config).items()}:
-        _check_fingerprints(path, _read(path, config).fingerprints, now)
+        _check_fingerprints(path, _read(path, config).fingerprints, now, ())
 
 
-def _check_fingerprints(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for the first field that differs."""
+def _check_fingerprints(
+    path: Path, before: Mapping[str, str], now: Mapping[str, str], allowed: Collection[str]
+) -> None:
+    """Raise `ConfigError` for the first field that differs and is not `allowed` to."""
     for field, value in now.items():
-        if value != before[field]:
+        if value != before[field] and field not in allowed:
             raise ConfigError(
                 f"{path.parent} was begun with another {field} ({before[field][:12]} there, {value[:12]} "
-                "now); give its file the content it had, or use another run.dir"
+                "now); give its file the content it had, use another run.dir, or go on with the change by "
+                f"--allow-changed {field}"
             )
 
 
@@ -123,7 +135,7 @@ def _check_teacher(
     if other is not None:
         raise TeacherContractError(
             f"teacher {name!r} is not the one {path.parent} was begun with: {other}; serve that one "
-            "again, or use another run.dir"
+            f"again, use another run.dir, or go on with the change by --allow-changed teachers.{name}"
         )
 
 
@@ -149,7 +161,9 @@ def _recorded(facts: Mapping[str, Any], config: RunConfig) -> _Recorded:
     # The templates first: a tokenizer's fingerprint holds its template too.
     templates = ("student.chat_template", *(f"teachers.{name}.chat_template" for name in teachers))
     weights = () if config.student.lora is None else ("student.weights",)
-    fingerprints = {field: values[field] for field in (*templates, "student.tokenizer", *weights)}
+    fingerprints = {
+        field: values[field] for field in (*templates, "student.tokenizer", *weights, "data.fingerprint")
+    }
     identities = {name: TeacherIdentity.from_json(one["identity"]) for name, one in teachers.items()}
     return _Recorded(fingerprints, identities)
 

@@ -3,7 +3,9 @@
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32
 from pydantic import Field
 
 from jaxdistill.config import StrictConfig
@@ -14,7 +16,8 @@ class OptimizerConfig(StrictConfig):
     """`final_fraction` is the share of the peak rate left at the last step of a cosine. An update's rows are
     read in `gradient_accumulation_steps` parts, one after the other: the same update in less memory.
     `moment_dtype` is what Adam's two moments are kept in between steps (`jaxdistill.moments`): 8 bytes a
-    parameter in float32, 4 in bfloat16, 2 in int8."""
+    parameter in float32, 4 in bfloat16, 2 in int8. An update whose loss or gradient is not finite is skipped;
+    more than `max_skipped` of them in a row end the run."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -27,6 +30,7 @@ class OptimizerConfig(StrictConfig):
     clip_norm: float = Field(default=1.0, gt=0)
     moment_dtype: MomentDtype = "float32"
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_skipped: int = Field(default=3, ge=0)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -53,6 +57,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             optax.scale_by_learning_rate(learning_rate(config, steps)),
         ),
     )
+
+
+def updates_made(opt_state: Any) -> Float32[Array, ""] | None:
+    """How many updates an optimizer's state has made, which schedules count by; None where it does not count
+    (`make_optimizer`'s does)."""
+    counts = optax.tree.get_all_with_path(opt_state, "count")
+    return counts[0][1].astype(jnp.float32) if counts else None
 
 
 def _decayed(params: Any) -> Any:

@@ -53,14 +53,7 @@ def pack(
     Rows beyond the rollouts are padding with weight 0. Raises `DataError` if a row is longer than the
     largest bucket. The arrays are numpy; `parallel.place_batch` makes them global.
     """
-    longest = max((len(r.prompt_ids) + len(r.response) for r in rollouts), default=1)
-    width = next((b for b in buckets if b >= longest), None)
-    if width is None:
-        raise DataError(
-            f"a row of {longest} tokens (prompt and response) does not fit shapes.buckets={list(buckets)}; "
-            "add a larger bucket or lower rollout.max_prompt_tokens or rollout.max_new_tokens"
-        )
-    shape = (rows, width)
+    shape = (rows, bucket_of(rollouts, buckets))
     arrays: dict[str, Any] = {
         "tokens": np.zeros(shape, np.int32),
         "response_mask": np.zeros(shape, bool),
@@ -98,6 +91,18 @@ def pack(
         parts = [None if target is None else getattr(target, name) for target in targets]
         arrays[name] = _part(kind, parts, starts, shape)
     return Batch(**arrays)
+
+
+def bucket_of(rollouts: Sequence[Rollout], buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds all rollouts. Raises `DataError` if none does."""
+    longest = max((len(r.prompt_ids) + len(r.response) for r in rollouts), default=1)
+    width = next((b for b in buckets if b >= longest), None)
+    if width is None:
+        raise DataError(
+            f"a row of {longest} tokens (prompt and response) does not fit shapes.buckets={list(buckets)}; "
+            "add a larger bucket or lower rollout.max_prompt_tokens or rollout.max_new_tokens"
+        )
+    return width
 
 
 def blank(rows: int, length: int, parts: Mapping[Part, int]) -> Batch:

@@ -4,22 +4,25 @@ Letters: B rows, T positions, D hidden, V vocabulary, S cache slots, K key/value
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxdistill.batch import Batch
-from jaxdistill.inputs import Inputs
+from jaxdistill.inputs import Inputs, compute_dtype, student_shapes
 from jaxdistill.losses import Objective, Prepared, evaluate_objective
-from jaxdistill.losses.head import rows_of_device
 from jaxdistill.optimizer import make_optimizer
 from jaxdistill.packing import blank
+from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.parallel.rules import (
+    AnyMesh,
     padded_rows,
     param_shardings,
     partition,
@@ -28,12 +31,18 @@ from jaxdistill.parallel.rules import (
     rows_sharding,
 )
 from jaxdistill.run_config import RunConfig
-from jaxdistill.step import make_train_step, state_shapes
-from jaxdistill.students import Decoder
-from jaxdistill.students.cache import stored
+from jaxdistill.samplers import Generator, RolloutConfig, sampling_params
+from jaxdistill.samplers.decoding import SEGMENT
+from jaxdistill.step import TrainState, make_train_step, state_shapes
+from jaxdistill.students import Decoder, DecoderConfig, LoraConfig
+from jaxdistill.students.attention import Attention
+from jaxdistill.students.layer import layer_shapes
+from jaxdistill.students.lora import Target
 
 # The share of a device that is left free: fragments, the programs themselves, the collectives' own buffers.
 RESERVE = 0.1
+# What numbers can be kept in instead.
+_SMALLER = {"float32": "bfloat16", "bfloat16": "int8"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,12 @@ class StepMemory:
 
 class SamplingMemory(NamedTuple):
     """Bytes of one device that sampling takes beside the state of the run: the `weights` as decoding reads
-    them, for the length of a call, and the keys and values."""
+    them, for the length of a call, the `rows` with their keys and values, and what is `temporary`: the most
+    that a program of the sampler takes beside these."""
 
     weights: int
-    cache: int
+    rows: int
+    temporary: int
 
 
 def step_memory(
@@ -154,32 +165,73 @@ def target_shapes(objective: Objective[Any], batch: Batch) -> Any:
     return jax.eval_shape(lambda rows: objective.prepare(rows).targets, batch)
 
 
-def cache_memory(decoder: Decoder, mesh: Mesh, *, rows: int, slots: int, kv_dtype: Any = None) -> int:
-    """Bytes of one device for the keys and values of `rows` rows with `slots` positions each:
-    2 * layers * B * S * K * E numbers, kept in `kv_dtype` (None: the compute dtype)."""
-    c = decoder.config
-    tensor = mesh.shape["tensor"]
-    heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else c.num_kv_heads
-    shape = (rows_of_device(rows, mesh), slots, heads, c.head_dim)
-    dtype = decoder.compute_dtype if kv_dtype is None else kv_dtype
-    buffer = jax.eval_shape(lambda: stored(jnp.zeros(shape), dtype))
-    return 2 * c.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
+def sampling_memory(decoder: Decoder, config: RolloutConfig, mesh: Mesh, *, prompts: int) -> SamplingMemory:
+    """Compile what `Generator` runs to answer `prompts` prompts (of this process) as `config` says, for a
+    `decoder` of which nothing but shapes matters, and see what `memory_analysis()` says. Nothing is run."""
+    graphdef, variables = nnx.split(decoder, nnx.Param)
+    params = jax.tree.map(_shape, nnx.to_pure_dict(variables), param_shardings(variables, mesh))
+    count, width = padded_rows(prompts, mesh) * jax.process_count(), config.max_prompt_tokens
+    kv_dtype = None if config.kv_dtype is None else jnp.dtype(config.kv_dtype)
+    programs = Generator(graphdef, mesh=mesh, kv_dtype=kv_dtype, ahead=True)
+
+    def given(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(mesh, len(shape)))
+
+    weights = _Program(programs._weights.lower(params))
+    numbers = given(jnp.int32, count)
+    keys = given(jax.random.key(0).dtype, count * config.samples_per_prompt)
+    begin = _Program(
+        programs._begin.lower(
+            params,
+            given(jnp.int32, count, width),
+            numbers,
+            numbers,
+            keys,
+            samples=config.samples_per_prompt,
+            capacity=width + config.max_new_tokens,
+        )
+    )
+    steps = min(SEGMENT, config.max_new_tokens)
+    sampling = sampling_params(config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+
+    def advance(rows: Any) -> _Program:
+        lowered = programs._advance.lower(
+            params,
+            weights.out,
+            rows,
+            given(jnp.bool_, len(rows.lengths)),
+            np.int32(0),
+            sampling=sampling,
+            steps=steps,
+            stop_ids=(0,),
+            prompt_length=width,
+        )
+        return _Program(lowered)
+
+    rows = of_device(begin.out)
+    taken = [weights.new - of_device(weights.out) - rows, begin.new - rows, advance(begin.out).new]
+    # The smaller batches: their programs are first run beside the rows of the whole one.
+    present, held = begin.out, 0
+    for _ in range(min(2, -(-config.max_new_tokens // steps) - 1)):  # what follows is smaller
+        size = programs._smaller(len(present.lengths))
+        if size == len(present.lengths):
+            break
+        half = _Program(programs._taken.lower(present, given(jnp.int32, size)))
+        taken += [held + half.new]
+        present, held = half.out, of_device(half.out)
+        taken += [held + advance(present).new]
+    return SamplingMemory(of_device(weights.out), rows, max(0, *taken))
 
 
-def weights_memory(decoder: Decoder, mesh: Mesh) -> int:
-    """Bytes of one device for `Decoder.weights`: the layers once more, in the compute dtype but for norms,
-    and the output embedding where that is kept in another."""
-    variables = nnx.state(decoder, nnx.Param)
-    params, places = nnx.to_pure_dict(variables), param_shardings(variables, mesh)
-    output = "embedding" if decoder.config.tied_embeddings else "head"
+class _Program:
+    """A compiled program: the shapes it gives `out`, with their shardings, and the bytes that are `new` on a
+    device while it runs, beside what it is given."""
 
-    def made(path: Any, leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct | None:
-        parts, name = [key.key for key in path], path[-1].key
-        dtype = leaf.dtype if name.endswith("_norm") else jnp.dtype(decoder.compute_dtype)
-        copied = parts[0] in ("layers", "adapters") or (parts == [output] and leaf.dtype != dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place) if copied else None
-
-    return of_device(jax.tree_util.tree_map_with_path(made, params, places))
+    def __init__(self, lowered: Any):
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        self.out = jax.tree.map(_shape, lowered.out_info, compiled.output_shardings)
+        self.new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def of_device(shapes: Any) -> int:
@@ -190,45 +242,88 @@ def of_device(shapes: Any) -> int:
     )
 
 
-def memory_plan(config: RunConfig, inputs: Inputs) -> list[str]:
-    """What `--dry-run` says of memory: the step of the longest rows, the cache of the student's samples, and
-    what to change where they do not fit. Compiles, and runs nothing."""
-    schedule, mesh, accumulation = (
-        config.origin_schedule,
-        inputs.mesh,
-        config.optimizer.gradient_accumulation_steps,
-    )
-    top_k = max((teacher.top_k for teacher in config.all_teachers), default=0)
-    rows, length = padded_rows(schedule.rows, mesh, accumulation), config.buckets[-1]
-    memory = step_memory(
-        inputs.decoder,
-        inputs.objective,
-        make_optimizer(config.optimizer, config.run.steps),
-        blank(rows, length, dict.fromkeys(config.objective.needs, top_k)),
-        mesh,
-        accumulation=accumulation,
-    )
-    students = schedule.most_students * schedule.samples
-    cache = cache_memory(
-        inputs.decoder,
-        mesh,
-        rows=students,
-        slots=config.rollout.max_prompt_tokens + config.rollout.max_new_tokens,
-        kv_dtype=config.rollout.kv_dtype,
-    )
-    sampling = SamplingMemory(weights_memory(inputs.decoder, mesh) if students else 0, cache)
-    in_parts = "" if accumulation == 1 else f" in {accumulation} parts"
-    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+@dataclass(frozen=True)
+class Shapes:
+    """All that a run's memory hangs on: its config, and what was read and chosen for it."""
+
+    config: RunConfig
+    model: DecoderConfig
+    attention: Attention
+    objective: Objective[Any]
+    mesh: Mesh
+
+    @property
+    def decoder(self) -> Decoder:
+        return student_shapes(self.config.student, self.model, self.mesh, self.attention)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch, padding included."""
+        parts = self.config.optimizer.gradient_accumulation_steps
+        return padded_rows(self.config.origin_schedule.rows, self.mesh, parts)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer, self.config.run.steps)
+
+    def state(self, mesh: AnyMesh | None = None) -> int:
+        """Bytes of one device for parameters and optimizer, on another `mesh` if one is given."""
+        return of_device(self._states(mesh))
+
+    def gradients(self, mesh: AnyMesh | None = None) -> int:
+        """Bytes of one device for the gradients of what is trained."""
+        return of_device(self._states(mesh)[0].params)
+
+    def _states(self, mesh: AnyMesh | None) -> tuple[TrainState, Any]:
+        return state_shapes(self.decoder, self.optimizer, cast(Mesh, mesh or self.mesh))
+
+    def step(self) -> StepMemory:
+        """The step of the longest rows."""
+        top_k = max((teacher.top_k for teacher in self.config.all_teachers), default=0)
+        return step_memory(
+            self.decoder,
+            self.objective,
+            self.optimizer,
+            blank(self.rows, self.config.buckets[-1], dict.fromkeys(self.config.objective.needs, top_k)),
+            self.mesh,
+            accumulation=self.config.optimizer.gradient_accumulation_steps,
+        )
+
+    def sampling(self) -> SamplingMemory:
+        """The student's samples of a step that has the most of them."""
+        prompts = self.config.origin_schedule.most_students
+        if not prompts:
+            return SamplingMemory(0, 0, 0)
+        return sampling_memory(self.decoder, self.config.rollout, self.mesh, prompts=prompts)
+
+    def having(self, section: str, **values: Any) -> "Shapes":
+        """The same with other values in a section of the config."""
+        changed = getattr(self.config, section).model_copy(update=values)
+        return replace(self, config=self.config.model_copy(update={section: changed}))
+
+
+def memory_plan(config: RunConfig, inputs: Inputs, limit: float | None = None) -> list[str]:
+    """What `--dry-run` says of memory: the step of the longest rows, the student's sampling, and what to
+    change where they do not fit into devices of `limit` bytes (None: what the device says it has). Compiles,
+    and runs nothing."""
+    decoder = inputs.decoder
+    run = Shapes(config, decoder.config, decoder.attention, inputs.objective, inputs.mesh)
+    memory, sampling = run.step(), run.sampling()
+    parts = config.optimizer.gradient_accumulation_steps
+    in_parts = "" if parts == 1 else f" in {parts} parts"
+    if limit is None:
+        limit = (run.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     found = table(memory, sampling, limit)
     if limit is not None:
-        found += advice(config, memory, sampling, (1 - RESERVE) * limit, rows // row_shards(mesh))
+        found += advice(run, memory, sampling, (1 - RESERVE) * limit)
     return [
-        f"memory of each device, {rows} rows of {length} tokens{in_parts} (compiled, not run):",
+        f"memory of each device, {run.rows} rows of {config.buckets[-1]} tokens{in_parts} "
+        "(compiled, not run):",
         *(f"  {line}" for line in found),
     ]
 
 
-def table(memory: StepMemory, sampling: SamplingMemory, limit: int | None) -> list[str]:
+def table(memory: StepMemory, sampling: SamplingMemory, limit: float | None) -> list[str]:
     """The bytes as a reader wants them; `limit` is what the device has, None where it does not say."""
     return [
         f"parameters {size(memory.parameters)}, optimizer {size(memory.optimizer)}, "
@@ -236,41 +331,113 @@ def table(memory: StepMemory, sampling: SamplingMemory, limit: int | None) -> li
         f"temporary {size(memory.temporary)}: gradients {size(memory.gradients)}, head {size(memory.head)}, "
         f"activations and the rest {size(memory.activations)}",
         f"a step takes {size(memory.total)}; sampling {size(memory.state + sum(sampling))}, of it weights "
-        f"once more {size(sampling.weights)}, keys and values {size(sampling.cache)}",
-        "the device does not say how much it has" if limit is None else f"the device has {size(limit)}",
+        f"once more {size(sampling.weights)}, keys and values {size(sampling.rows)}, temporary "
+        f"{size(sampling.temporary)}",
+        "the device does not say how much it has; --device-memory GiB does"
+        if limit is None
+        else f"the device has {size(limit)}",
     ]
 
 
-def advice(
-    config: RunConfig, memory: StepMemory, sampling: SamplingMemory, room: int | float, rows: int
-) -> list[str]:
-    """What of a run with `rows` rows on a device does not fit into `room` bytes, and the settings that help,
-    with the bytes they save."""
-    accumulation = config.optimizer.gradient_accumulation_steps
-    found = []
-    if memory.total > room:
+def advice(run: Shapes, memory: StepMemory, sampling: SamplingMemory, room: int | float) -> list[str]:
+    """What of a run does not fit into `room` bytes, and the settings that help, with the bytes they save:
+    where the devices here can say so, those of the changed programs, which are compiled."""
+    found, samples = [], memory.state + sum(sampling)
+    if (lacking := memory.total - room) > 0:
         found.append(f"a step does NOT FIT into the {size(room)} that may be used; what helps:")
-        if config.student.remat != "layer":
-            found.append("  student.remat=layer: each layer's input alone is kept")
-        part = rows // accumulation
-        parts = [n for n in range(2, part + 1) if part % n == 0]
-        if parts:
-            enough = (n for n in parts if memory.activations * (1 - 1 / n) >= memory.total - room)
-            n = next(enough, part)
-            saved = size(memory.activations * (1 - 1 / n))
-            found.append(f"  optimizer.gradient_accumulation_steps={accumulation * n}: about {saved}")
-        else:
-            saved = size(memory.activations / 2)
-            found.append(f"  half of rollout.max_new_tokens and shapes.buckets: at least {saved}")
-        saved = size((memory.state + memory.gradients) / 2)
-        found.append(f"  twice as many devices on mesh.fsdp: {saved} of parameters, gradients and optimizer")
-    if memory.state + sum(sampling) > room:
+        found += _helping(_of_step(run, memory.total, lacking), lacking)
+    if (lacking := samples - room) > 0:
         found.append(f"sampling does NOT FIT into the {size(room)} that may be used; what helps:")
-        found.append(
-            "  half of data.prompts_per_step, rollout.samples_per_prompt or rollout.max_new_tokens: up to "
-            f"{size(sampling.cache / 2)}"
-        )
+        found += _helping(_of_sampling(run, sum(sampling)), lacking)
     return found or [f"fits into the {size(room)} that may be used"]
+
+
+def _helping(savings: Iterable[tuple[str, int]], lacking: float) -> list[str]:
+    """Those settings that save a hundredth of what is `lacking` or more, the best first."""
+    helping = sorted(((saved, what) for what, saved in savings if saved >= lacking / 100), reverse=True)
+    lines = [f"  {what}: {size(saved)}" for saved, what in helping]
+    if not helping or helping[0][0] < lacking:
+        lines.append(f"  none of them is enough alone: {size(lacking)} is lacking")
+    return lines
+
+
+def _of_step(run: Shapes, now: int, lacking: float) -> Iterator[tuple[str, int]]:
+    """Settings, and the bytes of one device by which they make a step smaller that takes `now`."""
+    student, optimizer, rollout = run.config.student, run.config.optimizer, run.config.rollout
+    if student.remat != "layer":
+        yield "student.remat=layer", now - run.having("student", remat="layer").step().total
+    done, rows = optimizer.gradient_accumulation_steps, run.rows // row_shards(run.mesh)
+    parts = [n for n in range(done + 1, rows + 1) if rows % n == 0 and n % done == 0]
+
+    def in_parts(n: int) -> int:
+        return now - run.having("optimizer", gradient_accumulation_steps=n).step().total
+
+    saved = in_parts(parts[-1]) if parts else 0
+    while saved >= lacking and len(parts) > 1:  # the fewest that are enough, halving what is in question
+        middle = (len(parts) - 1) // 2
+        less = in_parts(parts[middle])
+        if less >= lacking:
+            parts, saved = parts[: middle + 1], less
+        else:
+            parts = parts[middle + 1 :]
+    if parts:
+        yield f"optimizer.gradient_accumulation_steps={parts[-1]}", saved
+    if (new := rollout.max_new_tokens // 2) and saved < lacking:
+        shorter = run.having("rollout", max_new_tokens=new).having("shapes", buckets=())
+        yield f"rollout.max_new_tokens={new} and shapes.buckets", now - shorter.step().total
+    for what, changed in _of_state(run):
+        yield what, now - changed.step().total
+    for what, mesh in _more_devices(run):
+        saved = run.state() + run.gradients() - run.state(mesh) - run.gradients(mesh)
+        yield f"{what}, of parameters, optimizer and gradients alone", saved
+
+
+def _of_sampling(run: Shapes, now: int) -> Iterator[tuple[str, int]]:
+    """Settings, and the bytes of one device by which they make sampling smaller, which takes `now` beside the
+    state of the run."""
+    rollout, prompts = run.config.rollout, run.config.data.prompts_per_step
+    kept = rollout.kv_dtype or compute_dtype(run.config.student).name
+    if smaller := _SMALLER.get(kept):
+        yield f"rollout.kv_dtype={smaller}", now - sum(run.having("rollout", kv_dtype=smaller).sampling())
+    if prompts > 1:
+        fewer = run.having("data", prompts_per_step=prompts // 2)
+        yield f"data.prompts_per_step={prompts // 2}", now - sum(fewer.sampling())
+    elif samples := rollout.samples_per_prompt // 2:
+        fewer = run.having("rollout", samples_per_prompt=samples)
+        yield f"rollout.samples_per_prompt={samples}", now - sum(fewer.sampling())
+    if new := rollout.max_new_tokens // 2:
+        shorter = run.having("rollout", max_new_tokens=new)
+        yield f"rollout.max_new_tokens={new}", now - sum(shorter.sampling())
+    for what, changed in _of_state(run):
+        yield f"{what}, of parameters and optimizer alone", run.state() - changed.state()
+    for what, mesh in _more_devices(run):
+        yield f"{what}, of parameters and optimizer alone", run.state() - run.state(mesh)
+
+
+def _of_state(run: Shapes) -> Iterator[tuple[str, Shapes]]:
+    """Settings that make parameters and optimizer smaller on the same devices."""
+    if smaller := _SMALLER.get(run.config.optimizer.moment_dtype):
+        yield f"optimizer.moment_dtype={smaller}", run.having("optimizer", moment_dtype=smaller)
+    if run.config.student.lora is None:
+        there = tuple(target for target in get_args(Target) if target in layer_shapes(run.model))
+        lora = LoraConfig(targets=there)
+        yield (
+            f"student.lora={{rank: {lora.rank}, targets: [{', '.join(there)}]}}",
+            run.having("student", lora=lora),
+        )
+    sizes = run.mesh.shape
+    if sizes["data"] > 1:
+        split = {"data": 1, "fsdp": sizes["data"] * sizes["fsdp"]}
+        mesh = make_mesh(MeshConfig(**{**sizes, **split}), list(run.mesh.devices.flat))
+        yield f"mesh.data=1 mesh.fsdp={split['fsdp']}", replace(run, mesh=mesh)
+
+
+def _more_devices(run: Shapes) -> Iterator[tuple[str, AbstractMesh]]:
+    """Meshes of twice the devices, which need not be here."""
+    for axis in ("fsdp", "tensor"):
+        sizes = {name: size * (2 if name == axis else 1) for name, size in run.mesh.shape.items()}
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        yield f"mesh.{axis}={sizes[axis]} on twice the devices", mesh
 
 
 def size(count: int | float) -> str:
@@ -278,5 +445,5 @@ def size(count: int | float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
-def _shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

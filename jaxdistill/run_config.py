@@ -15,7 +15,7 @@ from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.losses.sum import SumConfig
 from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
-from jaxdistill.parallel import MeshConfig
+from jaxdistill.parallel import MeshConfig, processes
 from jaxdistill.records import ORIGINS, Part
 from jaxdistill.rewards import RewardConfig
 from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
@@ -35,13 +35,20 @@ class RunSection(StrictConfig):
     """Length, place and seed of the run. The same seed, data and models give the same run.
 
     `compilation_cache` is a folder for compiled programs, which a later start on the same kind of device with
-    the same versions reads in place of compiling; null for jax's own setting (JAX_COMPILATION_CACHE_DIR)."""
+    the same versions reads in place of compiling; null for jax's own setting (JAX_COMPILATION_CACHE_DIR).
+
+    `max_hours` ends the run then as a signal would: with a checkpoint, exit code 75, to be started again.
+
+    `barrier_timeout_s` is how long processes of one run wait for each other (docs/hosts.md): longer than the
+    slowest of them ever needs more than the others, and than any one program needs with its compilation."""
 
     steps: int = Field(ge=1)
     dir: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
     tensorboard: bool = True
     compilation_cache: Path | None = None
+    max_hours: float | None = Field(default=None, gt=0)
+    barrier_timeout_s: float = Field(default=600.0, gt=0)
 
 
 class StudentConfig(StrictConfig):
@@ -150,7 +157,10 @@ class RunConfig(StrictConfig):
     def _nothing_left_open(self) -> "RunConfig":
         """What hangs on another section is settled here, so that the run's config.yaml says all of it."""
         teachers = tuple(self._with_tokenizer(one) for one in self.all_teachers)
-        objective = self.objective.resolved(top_k=bool(teachers) and all(one.top_k for one in teachers))
+        objective = self.objective.resolved(
+            top_k=bool(teachers) and all(one.top_k for one in teachers),
+            stale=self.rollout.max_staleness > 0,
+        )
         for part, (key, value, what) in _ASKED.items():
             lacking = [one.name for one in teachers if not getattr(one, key)]
             if part in objective.needs and lacking:
@@ -212,6 +222,7 @@ class RunConfig(StrictConfig):
             samples=self.rollout.samples_per_prompt,
             steps=self.run.steps,
             seed=self.run.seed,
+            processes=processes.count(),
         )
 
     @property

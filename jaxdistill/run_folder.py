@@ -3,7 +3,7 @@
 import fcntl
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,21 @@ logger = logging.getLogger(__name__)
 # Settings that may change between two parts of a run, because no number of it depends on them: where
 # things are, how patiently a teacher is asked, how often something is written.
 _FREE = re.compile(
-    r"(run\.dir|run\.tensorboard|run\.compilation_cache|checkpoint\..*"
+    r"(run\.dir|run\.tensorboard|run\.compilation_cache|run\.max_hours|run\.barrier_timeout_s|optimizer\.max_skipped|checkpoint\..*"
     r"|(teacher|teachers\.\d+)\.(endpoint|api_key_env|record|canary_tolerance|attempts|backoff_(max_)?s|breaker_.*|hedge_share"
     r"|max_concurrency|max_unscored|request_timeout_s|batch_budget_s|start_timeout_s)(\..*)?)"
 )
 
 
 @contextmanager
-def open_run_folder(folder: Path, resolved: str, steps: int) -> Iterator[Path]:
+def open_run_folder(folder: Path, resolved: str, steps: int, allowed: Collection[str] = ()) -> Iterator[Path]:
     """Take `folder` for a run with the config `resolved` (YAML) that ends at `steps`.
 
     Until the context ends no other process can take it. A new folder is made; one whose run has begun
-    must be of the same config, but for settings no number depends on. Raises `ConfigError` for a folder
-    of something else, in use, of another config (the differing keys are named), already beyond `steps`,
-    or not writable; in all those cases nothing in it was changed.
+    must be of the same config, but for settings no number depends on and those `allowed` to change, by their
+    dotted names. Raises `ConfigError` for a folder of something else, in use, of another config (the
+    differing keys are named), already beyond `steps`, or not writable; in all those cases nothing in it was
+    changed.
     """
     try:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
@@ -41,7 +42,7 @@ def open_run_folder(folder: Path, resolved: str, steps: int) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("a") as lock:
             _take(lock, folder)
-            _check(folder, resolved, steps)
+            check_run_folder(folder, resolved, steps, allowed)
             write_atomically(folder / "config.yaml", resolved.encode())
             yield folder
     except OSError as error:
@@ -71,14 +72,16 @@ def _saved(folder: Path) -> list[int]:
     return [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
 
 
-def _check(folder: Path, resolved: str, steps: int) -> None:
+def check_run_folder(folder: Path, resolved: str, steps: int, allowed: Collection[str] = ()) -> None:
+    """Raise `ConfigError` where a run that has begun in `folder` cannot go on as this one, as
+    `open_run_folder` does; nothing is taken or written."""
     if not has_begun(folder):
         return  # whatever config stands there binds nobody
     saved = _saved(folder)
-    if said := config_difference(folder, resolved):
+    if said := config_difference(folder, resolved, allowed):
         raise ConfigError(
-            f"run.dir={folder} holds a run with another config ({said}); "
-            "use another run.dir, or remove the folder to start anew"
+            f"run.dir={folder} holds a run with another config ({said}); use another run.dir, remove the "
+            "folder to start anew, or go on with the change by --allow-changed and the setting's name"
         )
     if max(saved, default=0) > steps:
         raise ConfigError(
@@ -98,12 +101,12 @@ def _check(folder: Path, resolved: str, steps: int) -> None:
             )
 
 
-def config_difference(folder: Path, resolved: str) -> str:
-    """How the config of the run in `folder` is another than `resolved` (YAML), in words; empty where a run
-    with this one would go on from it, or is what it made."""
+def config_difference(folder: Path, resolved: str, allowed: Collection[str] = ()) -> str:
+    """How the config of the run in `folder` is another than `resolved` (YAML), in words, but for settings
+    that are `allowed` to be; empty where a run with this one would go on from it, or is what it made."""
     old, new = _both(folder, resolved)
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    bound = [k for k in changed if k != "run.steps" and not _FREE.fullmatch(k)]
+    bound = [k for k in changed if k != "run.steps" and k not in allowed and not _FREE.fullmatch(k)]
     return "; ".join(f"{k}: {old.get(k, 'not set')} there, {new.get(k, 'not set')} now" for k in bound)
 
 

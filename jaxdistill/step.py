@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int32, Shaped
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.losses import LossOutput, Objective, Prepared, evaluate_objective
+from jaxdistill.optimizer import updates_made
 from jaxdistill.parallel.rules import param_shardings
 from jaxdistill.students.decoder import Decoder
 from jaxdistill.students.experts import load_balance
@@ -95,9 +96,13 @@ def make_train_step(
     gradients are added up: the same update (what is normalised over the batch is settled before it is split)
     with the activations of one part. B must be a multiple of M times the devices that rows are split over.
 
-    Metrics: `loss`, `grad_norm` and the objective's own, each a `Mean` over the global batch; of a student
-    with experts also `router_balance` (`load_balance`, the mean over the parts). What is minimised is the
-    loss plus `router_aux_coefficient` times that.
+    Where the loss or the gradient is not finite the update is skipped: parameters and optimizer stay as they
+    are, bit for bit, and only the step is counted.
+
+    Metrics: `loss`, `grad_norm`, `skipped` (1 for such an update), `updates` (made before this one, where
+    the optimizer counts) and the objective's own, each a `Mean` over the global batch; of a student with
+    experts also `router_balance` (`load_balance`, the mean over the parts). What is minimised is the loss
+    plus `router_aux_coefficient` times that.
     """
 
     def sums(
@@ -146,11 +151,22 @@ def make_train_step(
         gradients, out = gradients_of(state.params, frozen, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradients)
+        sound = jnp.isfinite(out.objective.total / out.objective.weight) & jnp.isfinite(norm)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        one = jnp.float32(1)
         metrics = out.metrics | {
             "loss": out.objective,
-            "grad_norm": Mean(optax.tree.norm(gradients), jnp.float32(1)),
+            "grad_norm": Mean(norm, one),
+            "skipped": Mean(jnp.where(sound, 0.0, one), one),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        if (made := updates_made(state.opt_state)) is not None:
+            metrics["updates"] = Mean(made, one)
+        return TrainState(state.step + 1, *kept), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,11 +1,14 @@
-"""`python -m jaxdistill.train --config FILE [a.b=c ...] [--dry-run]`: one run, from start or resumed."""
+"""`python -m jaxdistill.train --config FILE [a.b=c ...] [--dry-run [--device-memory GiB]]`: one run, from
+start or resumed."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from jaxdistill.cli import exit_code_of
+from jaxdistill.stopping import Stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,34 +18,93 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, run nothing"
     )
+    parser.add_argument(
+        "--device-memory",
+        type=_positive,
+        metavar="GiB",
+        help="with --dry-run: what each device has, for the plan of another machine",
+    )
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="a.b.c",
+        help="go on although this has changed: a setting, a fingerprint of the manifest, teachers.NAME",
+    )
+    hosts = parser.add_argument_group("one of several processes (docs/hosts.md)")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    hosts.add_argument(
+        "--processes", type=int, metavar="N", help="how many there are; 1: alone, whatever JAX finds"
+    )
+    hosts.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args(argv)
+    path, overrides, memory = arguments.config, arguments.overrides, arguments.device_memory
+    if arguments.dry_run:
+        return exit_code_of(lambda: show_plan(path, overrides, memory and memory * 2**30))
+    if memory is not None:
+        parser.error("--device-memory goes with --dry-run; a run takes the devices that are there")
+    place = (arguments.coordinator, arguments.processes, arguments.process)
     return exit_code_of(
-        lambda: run(arguments.config, arguments.overrides, dry_run=arguments.dry_run),
-        after_interrupt="; run the same command again to go on from the last checkpoint",
+        lambda: run(path, overrides, arguments.allow_changed, place),
+        after_stop="; run the same command again to go on from the last checkpoint",
     )
 
 
-def run(path: Path, overrides: Sequence[str], *, dry_run: bool) -> None:
-    """One run of the config at `path`, with its report at the end, however it ends."""
+Flags = tuple[str | None, int | None, int | None]  # coordinator, processes, process
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)  # argparse says it with the option's name
+    return value
+
+
+def show_plan(path: Path, overrides: Sequence[str], device_memory: float | None) -> None:
+    """Print the plan of the config at `path`, for devices of `device_memory` bytes (None: what those here
+    say)."""
     # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
-    from jaxdistill.assemble import assemble, plan
+    from jaxdistill.assemble import plan
     from jaxdistill.config import load
-    from jaxdistill.loop import train
-    from jaxdistill.report import write_report
     from jaxdistill.run_config import RunConfig
 
-    config = load(path, overrides, RunConfig)
-    if dry_run:
-        print(plan(config))
-        return
-    with assemble(config) as assembled:
-        try:
-            train(assembled)
-        finally:
-            assembled.metrics.close()
-            if (config.run.dir / "metrics.jsonl").is_file():
-                print(f"report: {write_report(config.run.dir)}")
+    print(plan(load(path, overrides, RunConfig), device_memory))
+
+
+def run(
+    path: Path,
+    overrides: Sequence[str],
+    allowed: Sequence[str] = (),
+    place: Flags = (None, None, None),
+) -> None:
+    """One run of the config at `path`, with its report at the end, however it ends. `allowed`: what may have
+    changed since it began (`assemble`); `place`: see `parallel.processes.find_place`."""
+    stop = Stop()
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        with stop.at_once():
+            from jaxdistill.assemble import assemble
+            from jaxdistill.config import load
+            from jaxdistill.loop import train
+            from jaxdistill.parallel import processes
+            from jaxdistill.report import write_report
+            from jaxdistill.run_config import RunConfig
+
+            config = load(path, overrides, RunConfig)
+            if config.run.max_hours is not None:
+                stop.after(config.run.max_hours)
+            where = processes.find_place(*place)
+            stack.enter_context(processes.joined(where, config.run.barrier_timeout_s))
+            stop.agreed = processes.count() > 1
+            assembled = stack.enter_context(assemble(config, stop, allowed))
+        with processes.abandoning():
+            try:
+                train(assembled)
+            finally:
+                assembled.metrics.close()
+                if processes.leads() and (config.run.dir / "metrics.jsonl").is_file():
+                    print(f"report: {write_report(config.run.dir)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import grain
 from pydantic import Field
 
 from jaxdistill.config import StrictConfig
-from jaxdistill.errors import CheckpointError, ConfigError
+from jaxdistill.errors import ConfigError
 from jaxdistill.records import Prompt
 
 
@@ -25,8 +25,8 @@ class DataConfig(StrictConfig):
 class PromptStream:
     """Groups of prompts, epoch after epoch, each epoch shuffled anew from the seed.
 
-    `state()` is the position with the data's fingerprint; `restore(state)` goes back to it and refuses
-    another data set, whose rows would otherwise be read from the middle without a word.
+    `state()` is the position; `restore(state)` goes back to it. It says nothing of the rows: that they are
+    the same, by `fingerprint`, is for the caller to see to (`manifest`).
     """
 
     def __init__(self, prompts: Sequence[Prompt], config: DataConfig, *, seed: int):
@@ -52,14 +52,9 @@ class PromptStream:
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs to continue with the next group; JSON-serialisable."""
-        return {"fingerprint": self.fingerprint, "position": self._iterator.get_state()}
+        return {"position": self._iterator.get_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"the checkpoint was made on other data (fingerprint {state['fingerprint'][:12]}, "
-                f"data.path now has {self.fingerprint[:12]}); use the same file or a new run.dir"
-            )
         self._iterator.set_state(state["position"])
 
 

@@ -16,6 +16,7 @@ from jaxdistill.batch import Mean
 from jaxdistill.config import StrictConfig
 from jaxdistill.evaluation.references import References
 from jaxdistill.metrics import Sample
+from jaxdistill.parallel import processes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers import Sampler
 from jaxdistill.scorers import ScorerName, load_scorer
@@ -37,8 +38,8 @@ class EvalConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means by name (without the `eval/` prefix), each response for the sample table, and what the
-    teachers said of them (None without any)."""
+    """Means over all processes by name (without the `eval/` prefix), this process's responses for the sample
+    table, and what the teachers said of them (None without any)."""
 
     metrics: dict[str, Mean]
     samples: list[Sample]
@@ -60,8 +61,8 @@ class Evaluator:
     def due(self, step: int) -> bool:
         return bool(self.prompts) and (step % self.config.every == 0 or step == self.steps)
 
-    def __call__(self, sampler: Sampler, params: Any, version: int) -> Evaluation:
-        """Evaluate the student that `sampler` samples from, whose weights are `params`.
+    def __call__(self, sampler: Sampler, params: Any, step: int) -> Evaluation:
+        """Evaluate the student that `sampler` samples from, whose weights are `params`, before `step`.
 
         - `accuracy`: mean score of the rows the scorer judges.
         - with teachers, of what the student sampled: the figures of `distillation_metrics`, and
@@ -70,19 +71,21 @@ class Evaluator:
         """
         rollouts: list[Rollout] = []
         for start in range(0, len(self.prompts), self.group):
-            rollouts += sampler.sample(self.prompts[start : start + self.group], version, samples=1)
-        scorer = load_scorer(self.config.scorer)
-        correct = [scorer(rollout) for rollout in rollouts]
-        marked = [mark for mark in correct if mark is not None]
-        metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
+            rollouts += sampler.sample(self.prompts[start : start + self.group], step, samples=1)
         scored = None
-        if self.scoring is not None:
-            scored = self.scoring(rollouts)
-            metrics |= distillation_metrics(scored, list(self.scoring.teachers.members))
-            metrics["teacher_logprob_per_byte"] = teacher_logprob_per_byte(scored)
+        with processes.together(f"the scores of the evaluation before step {step}"):
+            scorer = load_scorer(self.config.scorer)
+            correct = [scorer(rollout) for rollout in rollouts]
+            marked = [mark for mark in correct if mark is not None]
+            metrics = {"accuracy": Mean(float(sum(marked)), float(len(marked)))} if marked else {}
+            if self.scoring is not None:
+                scored = self.scoring(rollouts)
+                metrics |= distillation_metrics(scored, list(self.scoring.teachers.members))
+                metrics["teacher_logprob_per_byte"] = teacher_logprob_per_byte(scored)
         if self.references is not None:
             figures = self.references(params)
             metrics |= {f"references/{name}": mean for name, mean in figures.items()}
+        metrics = processes.summed(f"the evaluation before step {step}", metrics)
         return Evaluation(metrics, samples_of(rollouts, scored, correct), scored)
 
 

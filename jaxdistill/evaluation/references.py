@@ -6,6 +6,7 @@ Letters: B rows, T padded length, P prompt tokens, R response tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,22 +19,24 @@ from jaxtyping import Array, Float32, Int32
 from jaxdistill.batch import Mean
 from jaxdistill.losses.base import predicted
 from jaxdistill.losses.head import row_statistics
-from jaxdistill.packing import pack
-from jaxdistill.parallel.rules import padded_rows, place_batch
+from jaxdistill.packing import bucket_of, pack
+from jaxdistill.parallel import processes
+from jaxdistill.parallel.rules import own_rows, padded_rows, place_batch, rows_sharding
 from jaxdistill.records import END_OF_TURN, Rollout, TokenSpans
 from jaxdistill.scoring import Scored, Scoring, response_kl
 from jaxdistill.students import Decoder
 
 
 class StudentLogprobs:
-    """The student's log-probabilities of responses it need not have written, `group` rows at a time."""
+    """The student's log-probabilities of responses it need not have written, `group` rows at a time in each
+    process."""
 
     def __init__(self, graphdef: nnx.GraphDef[Decoder], mesh: Mesh, buckets: Sequence[int], group: int):
         self._mesh = mesh
         self._buckets = buckets
         self._group = group
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=rows_sharding(mesh, 2))
         def run(params: Any, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T"]:
             decoder = nnx.merge(graphdef, params)
             nothing = jnp.zeros((tokens.shape[0], 0), jnp.int32)
@@ -54,11 +57,12 @@ class StudentLogprobs:
         """The rollouts with log p_S(token | prompt, tokens before) as their `logprobs`, in nats, at
         temperature 1."""
         found = []
-        for start in range(0, len(rollouts), self._group):
+        rows = padded_rows(self._group, self._mesh)
+        for start in range(0, processes.agree_max("the references", len(rollouts)), self._group):
             group = rollouts[start : start + self._group]
-            rows = padded_rows(self._group, self._mesh)
-            packed = pack(group, [None] * len(group), buckets=self._buckets, rows=rows)
-            logprobs = np.asarray(jax.device_get(self._run(params, place_batch(packed.tokens, self._mesh))))
+            length = processes.agree_max("the length of the references", bucket_of(group, self._buckets))
+            packed = pack(group, [None] * len(group), buckets=[length], rows=rows)
+            logprobs = own_rows(self._run(params, place_batch(packed.tokens, self._mesh)))
             for row, rollout in enumerate(group):
                 first = len(rollout.prompt_ids) - 1  # where the response's first token is predicted
                 part = logprobs[row, first : first + len(rollout.response)]
@@ -67,7 +71,7 @@ class StudentLogprobs:
 
 
 class References:
-    """The figures of a set of reference responses, for whatever weights the student has.
+    """The figures of this process's reference responses, for whatever weights the student has.
 
     The teachers do not change during a run, so they are asked once.
     """
@@ -83,8 +87,9 @@ class References:
         and `TeacherContractError` where it leaves too many of the references without scores."""
         rollouts = self._student(params, self._rollouts)
         if self._scoring is not None and self._scored is None:
-            self._scored = self._scoring(self._rollouts)
-            self._scoring.teachers.check_share(self._scored.scores)
+            with processes.together("the scores of the references"):
+                self._scored = self._scoring(self._rollouts)
+                self._scoring.teachers.check_share(self._scored.scores)
         scored = None if self._scored is None else replace(self._scored, rollouts=rollouts)
         return reference_figures(rollouts, scored)
 

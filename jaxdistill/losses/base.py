@@ -91,7 +91,7 @@ class ObjectiveSettings(StrictConfig):
         """The optional parts of a batch this objective reads."""
         return frozenset()
 
-    def resolved(self, *, top_k: bool) -> "ObjectiveSettings":
+    def resolved(self, *, top_k: bool, stale: bool = False) -> "ObjectiveSettings":
         """Itself with every `auto` decided; `top_k`: all teachers say their most likely next tokens."""
         return self
 

@@ -16,6 +16,7 @@ Letters: B rows, T positions, C positions in a tile, V vocabulary.
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 from pydantic import Field
@@ -52,7 +53,12 @@ class PolicyGradientSettings(ObjectiveSettings):
 
     `clip` bounds a difference of log-probabilities in nats; `baseline` (see `baseline_values`) is subtracted
     first; `normalize` divides the advantages by their root mean square over the batch (and `NORM_FLOOR`);
-    `ratio_clip` is PPO's epsilon; `reward_coefficient` scales the task reward.
+    `reward_coefficient` scales the task reward.
+
+    `importance` is how the ratio of the model to the distribution a row was drawn from counts (`surrogate`):
+    `clip` is PPO's rule with epsilon `ratio_clip`, `truncate` weighs by the ratio up to `ratio_cap`. `auto`
+    is `truncate` where rows may be stale (`rollout.max_staleness`), else `clip`; on fresh rows they are the
+    same.
     """
 
     chunk_credit: ClassVar[ChunkCredit]
@@ -63,7 +69,9 @@ class PolicyGradientSettings(ObjectiveSettings):
     clip: float = Field(default=10.0, gt=0)
     normalize: bool = True
     baseline: Baseline = "siblings"
+    importance: Literal["auto", "clip", "truncate"] = "auto"
     ratio_clip: float = Field(default=0.2, gt=0)
+    ratio_cap: float = Field(default=2.0, ge=1)
     reward_coefficient: float = Field(default=0.0, ge=0)
     temperature_mismatch: Literal["refuse", "allow"] = "refuse"
 
@@ -83,12 +91,14 @@ class PolicyGradientSettings(ObjectiveSettings):
     def needs(self) -> frozenset[Part]:
         return frozenset({"projection"}) if self.credit == "projected" else frozenset()
 
-    def resolved(self, *, top_k: bool) -> "PolicyGradientSettings":
-        if self.credit != "auto":
-            return self
-        credit = "projected" if top_k and self.signal == "chunk" else self.chunk_credit
+    def resolved(self, *, top_k: bool, stale: bool = False) -> "PolicyGradientSettings":
+        auto: dict[str, str] = {}
+        if self.credit == "auto":
+            auto["credit"] = "projected" if top_k and self.signal == "chunk" else self.chunk_credit
+        if self.importance == "auto":
+            auto["importance"] = "truncate" if stale else "clip"
         # Validated anew: another setting may not go with what `auto` becomes.
-        return self.model_validate(self.model_dump() | {"credit": credit})
+        return self.model_validate(self.model_dump() | auto) if auto else self
 
     def check_origins(self, shares: Mapping[Origin, float], *, given: bool) -> None:
         if not shares["student"]:
@@ -175,14 +185,26 @@ def surrogate_targets(
 def surrogate(
     config: PolicyGradientSettings, logits: Float32[Array, "B C V"], targets: Any
 ) -> tuple[Float32[Array, "B C"], Metrics]:
-    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) with r the ratio to the sampling policy (PPO, Schulman
-    et al. 2017, equation 7). On fresh rows r is 1 and the gradient is that of -A log p."""
+    """The loss of advantages A by the ratio r = p / p_sampled to the sampling policy. On fresh rows r is 1,
+    and the gradient of both rules that of -A log p.
+
+    - `clip`: -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) (PPO, Schulman et al. 2017, equation 7): nothing
+      is learnt from a token that has already moved by epsilon, since sampling or since the step began.
+    - `truncate`: the gradient of -A log p, weighed by min(r, cap) (truncated importance sampling, Ionides
+      2008; Espeholt et al. 2018, section 4.1): unbiased up to the cap, which bounds the variance of stale
+      rows."""
     logprob, entropy = logprob_and_entropy(logits, targets["tokens"])
     mask, advantage, weight = targets["mask"], targets["advantage"], targets["weight"]
     # The exponent is masked too: exp of garbage would give 0 * inf in the gradient.
     ratio = jnp.exp(jnp.where(mask, logprob - targets["behavior"], 0.0))
-    clipped = jnp.clip(ratio, 1 - config.ratio_clip, 1 + config.ratio_clip)
-    return jnp.where(mask, -jnp.minimum(ratio * advantage, clipped * advantage), 0.0), {
+    if config.importance == "truncate":
+        clipped = jnp.minimum(jax.lax.stop_gradient(ratio), config.ratio_cap)
+        now = jnp.where(mask, logprob - jax.lax.stop_gradient(logprob), 0.0)  # 0, with the gradient of log p
+        value = -clipped * advantage * (1 + now)
+    else:
+        clipped = jnp.clip(ratio, 1 - config.ratio_clip, 1 + config.ratio_clip)
+        value = -jnp.minimum(ratio * advantage, clipped * advantage)
+    return jnp.where(mask, value, 0.0), {
         "entropy": masked_mean(entropy, mask, weight),
         "ratio_clipped": masked_mean((ratio != clipped).astype(jnp.float32), mask, weight),
     }

@@ -110,9 +110,10 @@ class SumConfig(ObjectiveSettings):
     def needs(self) -> frozenset[Part]:
         return frozenset[Part]().union(*(term.objective.needs for term in self.terms))
 
-    def resolved(self, *, top_k: bool) -> "SumConfig":
+    def resolved(self, *, top_k: bool, stale: bool = False) -> "SumConfig":
         terms = tuple(
-            term.model_copy(update={"objective": term.objective.resolved(top_k=top_k)}) for term in self.terms
+            term.model_copy(update={"objective": term.objective.resolved(top_k=top_k, stale=stale)})
+            for term in self.terms
         )
         return self.model_copy(update={"terms": terms})
 

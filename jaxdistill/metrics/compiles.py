@@ -18,7 +18,7 @@ class CompileCounter:
     `count` are genuine XLA compilations, `loaded` programs that the persistent cache held already.
     `programs` is their sum: how many new programs appeared. That is the number to watch after warm-up,
     since a changing shape costs a trace and a program whether or not a cache softens it. Threads may
-    compile side by side. Usable as a context manager.
+    compile side by side; `here` is what the calling thread did of it. Usable as a context manager.
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,11 @@ class CompileCounter:
         with self._lock:
             return self.count + self.loaded
 
+    @property
+    def here(self) -> int:
+        """New programs so far that the calling thread asked for."""
+        return getattr(self._thread, "programs", 0)
+
     def _event(self, event: str, **_: Any) -> None:
         if event == CACHE_HIT_EVENT:
             self._thread.hit = True
@@ -46,6 +51,7 @@ class CompileCounter:
             return
         hit = getattr(self._thread, "hit", False)
         self._thread.hit = False
+        self._thread.programs = self.here + 1
         with self._lock:
             self.seconds += duration_secs
             if hit:

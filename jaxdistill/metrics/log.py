@@ -21,6 +21,8 @@ class MetricsLog:
     carry whatever values their step had, and `elapsed_seconds`: the run's wall time so far, carried
     over resumes.
 
+    Without a `run_dir` nothing is written or shown: for a process whose rows another one writes.
+
     `tensorboard` also writes the values under `tb/`. `progress` shows a bar on a terminal, and plain
     lines elsewhere (every `every` steps, by default 20 in a run, and each evaluation), on `console`,
     by default stderr.
@@ -28,7 +30,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Path | None,
         *,
         tensorboard: bool,
         total_steps: int,
@@ -36,10 +38,10 @@ class MetricsLog:
         every: int | None = None,
         console: Console | None = None,
     ) -> None:
-        self._run_dir = run_dir
-        self._file = RowFile(run_dir / "metrics.jsonl")
+        self._file = RowFile(run_dir and run_dir / "metrics.jsonl")
+        progress &= run_dir is not None
         self._display = display(total_steps, progress=progress, every=every, console=console)
-        self._tensorboard = tensorboard
+        self._events = run_dir / "tb" if tensorboard and run_dir is not None else None
         self._writer: SummaryWriter | None = None
         self._row: dict[str, Any] | None = None
         self._written = True
@@ -54,8 +56,8 @@ class MetricsLog:
         self._started = time.monotonic()
         self._earlier_seconds = float((kept[-1].get("elapsed_seconds") if kept else 0.0) or 0.0)
         self._close_writer()
-        if self._tensorboard and (self._run_dir / "tb").exists():
-            self._open_writer(purge_step=step)
+        if self._events is not None and self._events.exists():
+            self._open_writer(self._events, purge_step=step)
         self._display.begin(step)
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -116,17 +118,16 @@ class MetricsLog:
         self.close()
 
     def _plot(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        if not self._tensorboard:
+        if self._events is None:
             return
-        writer = self._writer or self._open_writer(purge_step=None)
+        writer = self._writer or self._open_writer(self._events, purge_step=None)
         for name, value in values.items():
             if value is not None:
                 writer.add_scalar(name, value, step)
 
-    def _open_writer(self, purge_step: int | None) -> SummaryWriter:
+    def _open_writer(self, folder: Path, purge_step: int | None) -> SummaryWriter:
         # Event files are named by the second: two of one second would overwrite each other, and
         # TensorBoard reads them in the order of their names.
-        folder = self._run_dir / "tb"
         suffix = f".{len(list(folder.glob('*'))):04d}"
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
         return self._writer

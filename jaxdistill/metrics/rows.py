@@ -51,8 +51,8 @@ def _encode(row: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _read_lines(path: Path) -> list[_Line]:
-    if not path.exists():
+def _read_lines(path: Path | None) -> list[_Line]:
+    if path is None or not path.exists():
         return []
     *whole, tail = path.read_bytes().split(b"\n")
     lines = [_parse(raw, path, number) for number, raw in enumerate(whole, 1) if raw.strip()]
@@ -110,15 +110,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 class RowFile:
     """One append-only file of rows whose steps never fall.
 
+    Without a `path` nothing is written: for a process whose rows another one writes.
+
     Opening it repairs a half-written last line, so that the next row does not get glued to it.
     `last_step` is the step of the last row, None for an empty file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         lines = _read_lines(path)
         self.last_step: int | None = lines[-1].row["step"] if lines else None
-        if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        if path is not None and path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
             self._rewrite(lines)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -133,11 +135,12 @@ class RowFile:
                 f"{self.path}: got rows of steps {steps[:8]} after step {self.last_step}, expected steps "
                 "that never fall; call resume_at(step) before logging an earlier step again"
             )
-        data = b"".join(_encode(row) for row in rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(data)
-            os.fsync(file.fileno())
+        if self.path is not None:
+            data = b"".join(_encode(row) for row in rows)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(data)
+                os.fsync(file.fileno())
         self.last_step = steps[-1]
 
     def replace_from(self, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
@@ -153,4 +156,5 @@ class RowFile:
         return [line.row for line in kept]
 
     def _rewrite(self, lines: Iterable[_Line]) -> None:
-        write_atomically(self.path, b"".join(line.raw + b"\n" for line in lines))
+        if self.path is not None:
+            write_atomically(self.path, b"".join(line.raw + b"\n" for line in lines))

@@ -29,10 +29,10 @@ class Sample:
 
 
 class SampleLog:
-    """samples.jsonl of a run folder: one row a sample, `step` first."""
+    """samples.jsonl of a run folder: one row a sample, `step` first; without a folder nothing is written."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = RowFile(run_dir / "samples.jsonl")
+    def __init__(self, run_dir: Path | None) -> None:
+        self._file = RowFile(run_dir and run_dir / "samples.jsonl")
 
     def log(self, step: int, samples: Sequence[Sample]) -> None:
         """Adds the samples of a step in a single write. An earlier step than the last one logged

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from jaxdistill.config import StrictConfig
 from jaxdistill.errors import ConfigError
+from jaxdistill.parallel.rules import row_shards, rows_sharding
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -29,7 +30,8 @@ class MeshConfig(StrictConfig):
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange `devices` (default: all) as [data, fsdp, expert, tensor].
 
-    Raises `ConfigError` when the sizes do not multiply to the number of devices.
+    Raises `ConfigError` when the sizes do not multiply to the number of devices, and where processes would
+    share rows.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -40,4 +42,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise ConfigError(f"{asked} does not fit {len(devices)} {devices[0].platform} device(s)")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if jax.process_count() > 1:
+        _check_processes(mesh, asked)
+    return mesh
+
+
+def _check_processes(mesh: Mesh, asked: str) -> None:
+    """Each process makes its own rows, so its devices must hold rows that no other process has."""
+    shards, processes = row_shards(mesh), jax.process_count()
+    own = len(set(map(str, rows_sharding(mesh).addressable_devices_indices_map((shards,)).values())))
+    if own * processes != shards:
+        raise ConfigError(
+            f"{asked}: rows are split over {shards} parts, and the {jax.local_device_count()} devices of "
+            f"this process have {own} of them; expected {shards}/{processes} that no other process has. Make "
+            "mesh.tensor divide the devices of one process"
+        )

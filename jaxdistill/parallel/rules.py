@@ -71,12 +71,37 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
+def own_rows(arrays: Any) -> Any:
+    """A pytree of global arrays [B, ...] split by rows alone -> this process's rows, as `place_batch` was
+    given them, numpy."""
+
+    def own(leaf: jax.Array) -> np.ndarray:
+        # Devices along `tensor` hold the same rows.
+        parts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    return jax.tree.map(own, arrays)
+
+
+def own_numbers(rows: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of the global array the `rows` of this process are, int32, in their order."""
+    total = rows * jax.process_count()
+    places = rows_sharding(mesh).addressable_devices_indices_map((total,)).values()
+    parts = {place[0].indices(total) for place in places if place is not None}
+    return np.concatenate([np.arange(*part, dtype=np.int32) for part in sorted(parts)])
+
+
 def row_shards(mesh: AnyMesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def own_shards(mesh: AnyMesh) -> int:
+    """Over how many of this process's devices its rows are split."""
+    return row_shards(mesh) // jax.process_count()
+
+
 def padded_rows(rows: int, mesh: Mesh, parts: int = 1) -> int:
     """`rows` rounded up to what this process's devices can share evenly, in `parts` parts."""
-    multiple = max(1, row_shards(mesh) // jax.process_count()) * parts
+    multiple = max(1, own_shards(mesh)) * parts
     return -(-rows // multiple) * multiple

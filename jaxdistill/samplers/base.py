@@ -58,6 +58,8 @@ class OriginsConfig(StrictConfig):
 class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens.
 
+    `max_staleness`: how many updates old the weights may be that a step's responses were sampled with; with 0
+    every step waits for its own responses, with more the teacher scores while the student trains.
     `origins`: who answers the prompts (not set: what the objective says). `temperature`, `top_k` (0: all),
     `top_p` (1: all) and `min_p` (0: all) are the student's and work in this order (see `filters.filtered`); a
     response of its ends with its end of turn, or with the token that completes one of the strings of `stop`.
@@ -71,6 +73,7 @@ class RolloutConfig(StrictConfig):
     """
 
     samples_per_prompt: int = Field(default=4, ge=1)
+    max_staleness: int = Field(default=0, ge=0)
     max_prompt_tokens: int = Field(default=256, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0.0)
@@ -104,12 +107,13 @@ class RolloutConfig(StrictConfig):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """`sample` returns the responses of each prompt in the prompts' order, all samples of one prompt
-    together, `samples` of each (default: the config's number); `push` hands over new weights before the
-    next call."""
+    """`sample` is given the same prompts in every process and returns the responses to this process's share
+    of them (`parallel.processes.share`), in the prompts' order, all samples of one prompt together, `samples`
+    of each (default: the config's number), for the training step `step`, which the draw hangs on; `push`
+    hands over new weights before the next call."""
 
     def sample(
-        self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None
+        self, prompts: Sequence[Prompt], step: int, *, samples: int | None = None
     ) -> list[Rollout]: ...
 
     def push(self, params: Any, version: int) -> None: ...
@@ -118,9 +122,14 @@ class Sampler(Protocol):
 def render_prompt(tokenizer: Tokenizer, prompt: Prompt, config: RolloutConfig) -> np.ndarray:
     """The prompt's ids by the student's template, int32 [P].
 
-    Raises `DataError` naming the row when it is longer than `rollout.max_prompt_tokens`.
+    Raises `DataError` naming the row when it has no token, or more than `rollout.max_prompt_tokens`.
     """
     ids = tokenizer.render(prompt.messages, tools=prompt.tools, template_kwargs=config.template_kwargs)
+    if not len(ids):
+        raise DataError(
+            f"{prompt.source} row {prompt.index}: the prompt has no student token, so there is nothing to go "
+            "on from; give it text, or a chat template that begins with a token"
+        )
     if len(ids) > config.max_prompt_tokens:
         raise DataError(
             f"{prompt.source} row {prompt.index}: the prompt has {len(ids)} student tokens, more than "

@@ -18,7 +18,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
-from jaxdistill.parallel.rules import ROWS, param_shardings, place_batch, row_shards
+from jaxdistill.parallel import processes
+from jaxdistill.parallel.rules import (
+    ROWS,
+    own_numbers,
+    own_rows,
+    own_shards,
+    param_shardings,
+    place_batch,
+)
 from jaxdistill.samplers.filters import SamplingParams, filtered
 from jaxdistill.students.attention import EMPTY_SLOT
 from jaxdistill.students.cache import Cache
@@ -34,8 +42,9 @@ Ended = Callable[[int, Int32[np.ndarray, " _"]], int | None]
 
 class Generated(NamedTuple):
     """Sampled rows, on the host. `tokens[b, :lengths[b]]` is the response, a stop id included where one came;
-    `logprobs` are natural logs of the probabilities the tokens were drawn with, `model_logprobs` of the
-    model's own, at temperature 1 and without filters. `stopped`: ended by itself, not by its limit."""
+    `logprobs` are natural logs of the probabilities the tokens were drawn with (at temperature 0, where
+    nothing is drawn, of those the most likely token was chosen by), `model_logprobs` of the model's own, at
+    temperature 1 and without filters. `stopped`: ended by itself, not by its limit."""
 
     tokens: Int32[np.ndarray, "B M"]
     logprobs: Float32[np.ndarray, "B M"]
@@ -118,7 +127,12 @@ class Generator:
         A response ends with the first of `stop_ids`, where `ended` says so (asked after each segment), or at
         its prompt's `limits`, at most `max_new_tokens`; a row of limit 0 is padding. P must be a multiple of
         the devices its rows are split over.
+
+        With several processes each gives its own P prompts, of the same shape, and gets their B rows; `keys`
+        are of all. Raises `ValueError` for a prompt without a token.
         """
+        if lengths.min(initial=1) < 1:
+            raise ValueError(f"prompt {int(lengths.argmin())} has no token: there is nothing to go on from")
         steps = min(self._segment, max_new_tokens)
         advance = partial(
             self._advance, sampling=sampling, steps=steps, stop_ids=stop_ids, prompt_length=prompts.shape[1]
@@ -133,21 +147,24 @@ class Generator:
         )
         shape = (prompts.shape, samples, max_new_tokens, stop_ids, jax.tree.structure(sampling))
         if self._ahead and shape not in self._compiled:
-            self._compile_smaller(partial(advance, params, weights), rows, max_new_tokens)
+            self._compile_smaller(
+                partial(advance, params, weights), rows, len(limits) * samples, max_new_tokens
+            )
             self._compiled.add(shape)
         done = np.repeat(limits < 1, samples)
         places = np.arange(len(done))  # the row of the whole batch that each row of the present one is
         out = _nothing(len(done), -(-max_new_tokens // steps) * steps)
         for start in range(0, max_new_tokens, steps):
-            if done.all():
+            going = processes.agree_max("the next tokens", int((~done).sum()))
+            if not going:
                 break
             count = self._smaller(len(done))
-            if start and (~done).sum() <= count < len(done):
+            if start and going <= count < len(done):
                 order = np.argsort(done, kind="stable")[:count]  # whoever goes on, filled up with others
+                rows = self._take(rows, order, len(done))
                 places, done = places[order], done[order]
-                rows = self._taken(rows, self._placed(order.astype(np.int32)))
             rows, drawn = advance(params, weights, rows, self._placed(done), np.int32(start))
-            done = _collect(out, jax.device_get(drawn), places, start, stop_ids, ended)
+            done = _collect(out, self._own(drawn), places, start, stop_ids, ended)
         return out._replace(
             tokens=out.tokens[:, :max_new_tokens],
             logprobs=out.logprobs[:, :max_new_tokens],
@@ -155,22 +172,33 @@ class Generator:
         )
 
     def _smaller(self, rows: int) -> int:
-        """Half of `rows`, or as few above it as the devices can share evenly."""
-        shards = 1 if self._mesh is None else row_shards(self._mesh)
+        """Half of this process's `rows`, or as few above it as its devices can share evenly."""
+        shards = 1 if self._mesh is None else own_shards(self._mesh)
         return min(rows, -(-rows // (2 * shards)) * shards)
 
-    def _compile_smaller(self, advance: Callable[..., Any], rows: _Rows, max_new_tokens: int) -> None:
-        """Run what a smaller batch would need on rows that are all done: nothing but the compilation."""
-        count, size = len(rows.lengths), self._smaller(len(rows.lengths))
+    def _compile_smaller(
+        self, advance: Callable[..., Any], rows: _Rows, count: int, max_new_tokens: int
+    ) -> None:
+        """Run what a smaller batch would need on rows that are all done: nothing but the compilation. `count`
+        of the rows are this process's."""
+        size = self._smaller(count)
         for _ in range(self._segment, max_new_tokens, self._segment):
             if size == count:
                 return
-            rows = self._taken(rows, self._placed(np.arange(size, dtype=np.int32)))
+            rows = self._take(rows, np.arange(size), count)
             rows, _ = advance(rows, self._placed(np.ones(size, bool)), np.int32(0))
             count, size = size, self._smaller(size)
 
+    def _take(self, rows: _Rows, order: np.ndarray, count: int) -> _Rows:
+        """The rows `order` names of the `count` of this process; every process takes as many."""
+        numbers = np.arange(count, dtype=np.int32) if self._mesh is None else own_numbers(count, self._mesh)
+        return self._taken(rows, self._placed(numbers[order]))
+
     def _placed(self, arrays: Any) -> Any:
         return arrays if self._mesh is None else place_batch(arrays, self._mesh)
+
+    def _own(self, arrays: Any) -> Any:
+        return jax.device_get(arrays) if self._mesh is None else own_rows(arrays)
 
 
 def _nothing(rows: int, width: int) -> Generated:
@@ -246,7 +274,7 @@ def _taken(mesh: Mesh | None, rows: _Rows, order: Int32[Array, " _"]) -> _Rows:
     return _split(jax.tree.map(lambda leaf: leaf[order], rows), mesh)
 
 
-def _split(rows: _Rows, mesh: Mesh | None) -> _Rows:
+def _split[Rows](rows: Rows, mesh: Mesh | None) -> Rows:
     """Rows split over the mesh, and key/value heads as the products they come from: what one program gives
     out lies where the next one, compiled before, expects it."""
     if mesh is None:
@@ -319,7 +347,7 @@ def _advance(
         body,
         _Loop(start, rows.hidden, rows.cache, nothing),
     )
-    return _split(rows._replace(hidden=loop.hidden, cache=loop.cache), mesh), loop.drawn
+    return _split((rows._replace(hidden=loop.hidden, cache=loop.cache), loop.drawn), mesh)
 
 
 def _draw(
@@ -329,7 +357,7 @@ def _draw(
     shaped = filtered(logits, sampling)
     row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
     sampled = jax.vmap(jax.random.categorical)(row_keys, shaped)
-    token = jnp.where(sampling.temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    token = jnp.where(sampling.temperature > 0, sampled, jnp.argmax(shaped, axis=-1)).astype(jnp.int32)
 
     def logprob(of: Array) -> Array:
         return jnp.take_along_axis(of, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(of, axis=-1)

@@ -17,24 +17,32 @@ Scalar = Float32[Array, ""] | Float32[np.ndarray, ""]  # numpy on the host, trac
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["temperature", "top_p", "min_p"],
-    meta_fields=["top_k"],
+    meta_fields=["top_k", "ids"],
 )
 @dataclass(frozen=True)
 class SamplingParams:
     """How a token is drawn; made by `sampling_params`. A filter that is off is 0 or None, so that the program
-    does not hold it."""
+    does not hold it. Ids from `ids` on (None: none) are never drawn: rows of a model's vocabulary that its
+    tokenizer has no entry for."""
 
     temperature: Scalar
     top_k: int = 0
+    ids: int | None = None
     top_p: Scalar | None = None
     min_p: Scalar | None = None
 
 
 def sampling_params(
-    temperature: float, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    temperature: float,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    ids: int | None = None,
 ) -> SamplingParams:
     """The settings for a program. Temperature 0 takes the most likely token; `top_k` 0, `top_p` 1 and `min_p`
-    0 filter nothing. Each `top_k` is a program of its own, the other values are not.
+    0 filter nothing, `ids` None draws from all ids. Each `top_k` and `ids` is a program of its own, the other
+    values are not.
 
     Raises `ValueError` for a value that means nothing.
     """
@@ -49,6 +57,7 @@ def sampling_params(
     return SamplingParams(
         np.asarray(temperature, np.float32),
         top_k,
+        ids,
         None if top_p == 1 else np.asarray(top_p, np.float32),
         None if min_p == 0 else np.asarray(min_p, np.float32),
     )
@@ -61,8 +70,11 @@ def filtered(logits: Float32[Array, "B V"], params: SamplingParams) -> Float32[A
     renormalised, the fewest with `top_p` of the probability or more (Holtzman et al. 2020, section 3.1); then
     those at least `min_p` times as likely as the most likely one (Nguyen et al. 2024, section 3). Tokens as
     likely as the last that stays, stay too. vLLM has min-p before the others, which differs where top-p is on
-    as well. At temperature 0 nothing is divided or filtered. Without `top_k` and `top_p` nothing is sorted.
+    as well. Ids from `params.ids` on are out before all that. At temperature 0 nothing else is filtered, and
+    nothing divided. Without `top_k` and `top_p` nothing is sorted.
     """
+    if params.ids is not None:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < params.ids, logits, -jnp.inf)
     greedy = params.temperature <= 0
     logits = logits / jnp.where(greedy, 1.0, params.temperature)
     least = jnp.full((logits.shape[0], 1), -jnp.inf)

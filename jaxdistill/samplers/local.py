@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxdistill.errors import StaleRolloutError
+from jaxdistill.parallel import place_batch, processes
 from jaxdistill.parallel.rules import padded_rows, rows_sharding
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers.base import RolloutConfig, render_prompt
@@ -28,7 +28,7 @@ from jaxdistill.text import Tokenizer
 class LocalSampler:
     """Samples with the last pushed parameters, which are not copied by a push.
 
-    A response's randomness is (seed, policy version, prompt index, sample number): it does not depend
+    A response's randomness is (seed, training step, prompt index, sample number): it does not depend
     on the batch, and a resumed run draws what the uninterrupted one would have drawn.
     """
 
@@ -46,7 +46,11 @@ class LocalSampler:
         self.mesh = mesh
         self.seed = seed
         self._sampling = sampling_params(
-            config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
+            config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            ids=tokenizer.vocab_size,
         )
         self._params: Any = None
         self._version = -1
@@ -64,52 +68,50 @@ class LocalSampler:
     def sample(
         self,
         prompts: Sequence[Prompt],
-        version: int,
+        step: int,
         *,
         samples: int | None = None,
     ) -> list[Rollout]:
-        """Respond to each prompt `samples` times (default: the config's), with weights `version`.
-
-        Raises `StaleRolloutError` if those are not the weights that were pushed last.
-        """
-        if version != self._version:
-            raise StaleRolloutError(
-                f"asked for samples of policy version {version}, but version {self._version} was pushed last"
-            )
+        """Respond to each prompt of this process's share `samples` times (default: the config's), with the
+        weights pushed last."""
         samples = self.config.samples_per_prompt if samples is None else samples
+        numbers = processes.share(len(prompts))
+        rows = padded_rows(-(-len(prompts) // processes.count()), self.mesh)
+        seen: Counter[int] = Counter()
+        firsts = []  # a prompt that comes twice in one call goes on with later samples
+        for prompt in prompts:
+            firsts.append(seen[prompt.index])
+            seen[prompt.index] += samples
+        prompts = [prompts[number] for number in numbers]
         prompt_ids = [render_prompt(self.tokenizer, prompt, self.config) for prompt in prompts]
-        rows = padded_rows(len(prompts), self.mesh)
         tokens = np.zeros((rows, self.config.max_prompt_tokens), np.int32)
         lengths = np.ones(rows, np.int32)  # padding rows read one token
-        seeds = np.zeros((rows, 3), np.uint32)
-        seen: Counter[int] = Counter()  # a prompt that comes twice in one call draws other samples
-        for row, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
+        seeds = np.zeros((rows, 4), np.uint32)
+        for row, (number, prompt, ids) in enumerate(zip(numbers, prompts, prompt_ids, strict=True)):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-            seeds[row] = self.seed + seen[prompt.index], version, prompt.index
-            seen[prompt.index] += 1
+            seeds[row] = self.seed, step, prompt.index, firsts[number]
         limits = np.zeros(rows, np.int32)
         limits[: len(prompts)] = self.config.max_new_tokens
-        out = self._generator(
-            self._params,
-            tokens,
-            lengths,
-            limits,
-            self._keys(seeds, samples=samples),
-            self._sampling,
-            samples=samples,
-            max_new_tokens=self.config.max_new_tokens,
-            stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
-            ended=StopStrings(self.config.stop, self.tokenizer) if self.config.stop else None,
-        )
+        with processes.watched(f"sampling for step {step}"):
+            out = self._generator(
+                self._params,
+                tokens,
+                lengths,
+                limits,
+                self._keys(place_batch(seeds, self.mesh), samples=samples),
+                self._sampling,
+                samples=samples,
+                max_new_tokens=self.config.max_new_tokens,
+                stop_ids=tuple(sorted(self.tokenizer.stop_ids)),
+                ended=StopStrings(self.config.stop, self.tokenizer) if self.config.stop else None,
+            )
         return [
-            self._rollout(prompt, ids, out, row * samples + sample, version)
+            self._rollout(prompt, ids, out, row * samples + sample)
             for row, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
             for sample in range(samples)
         ]
 
-    def _rollout(
-        self, prompt: Prompt, prompt_ids: np.ndarray, out: Generated, row: int, version: int
-    ) -> Rollout:
+    def _rollout(self, prompt: Prompt, prompt_ids: np.ndarray, out: Generated, row: int) -> Rollout:
         length = int(out.lengths[row])
         return Rollout(
             prompt=prompt,
@@ -118,19 +120,19 @@ class LocalSampler:
             logprobs=out.logprobs[row, :length],
             model_logprobs=out.model_logprobs[row, :length],
             finished=bool(out.stopped[row]),
-            policy_version=version,
+            policy_version=self._version,
             vocabulary=self.tokenizer.vocab_fingerprint,
         )
 
 
 def _row_keys(seeds: Any, samples: int) -> Any:
-    """[P, 3] (seed, version, prompt index) -> one key per row, [P * samples]."""
+    """[P, 4] (seed, step, prompt index, number of its first sample) -> one key per row, [P * samples]."""
 
-    def key(triple: Array, sample: Array) -> Array:
-        base = jax.random.key(triple[0])
-        for number in (triple[1], triple[2], sample):
+    def key(numbers: Array, sample: Array) -> Array:
+        base = jax.random.key(numbers[0])
+        for number in (numbers[1], numbers[2], numbers[3] + sample):
             base = jax.random.fold_in(base, number)
         return base
 
-    numbers = jnp.arange(samples, dtype=jnp.uint32)
-    return jax.vmap(lambda triple: jax.vmap(lambda n: key(triple, n))(numbers))(seeds).reshape(-1)
+    each = jnp.arange(samples, dtype=jnp.uint32)
+    return jax.vmap(lambda numbers: jax.vmap(lambda n: key(numbers, n))(each))(seeds).reshape(-1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+from jaxdistill.parallel import processes
 from jaxdistill.records import ORIGINS, Origin, Prompt, Rollout
 from jaxdistill.samplers.base import OriginsConfig, Sampler
 
@@ -21,7 +22,8 @@ class Schedule:
 
     The choice hangs on the seed, the step and the prompt's place in the step alone, so that a resumed run
     chooses as the uninterrupted one. The student answers at most `most_students` prompts of a step, and a
-    step has at most `rows` rows: N of each of those, and one of every other prompt.
+    step has at most `rows` rows in each of `processes` processes: N of each of those, and one of every other
+    prompt. Each process answers its share of every origin's prompts (`parallel.processes.share`).
     """
 
     shares: OriginsConfig
@@ -29,6 +31,7 @@ class Schedule:
     samples: int
     steps: int
     seed: int
+    processes: int = 1
 
     @property
     def most_students(self) -> int:
@@ -36,7 +39,13 @@ class Schedule:
 
     @property
     def rows(self) -> int:
-        return self.most_students * self.samples + self.prompts - self.most_students
+        # An origin's prompts may leave one process one more than another.
+        others = sum(self.shares.most(origin) > 0 for origin in ORIGINS if origin != "student")
+        return max(
+            -(-students // self.processes) * self.samples
+            + (self.prompts - students + others * (self.processes - 1)) // self.processes
+            for students in range(self.most_students + 1)
+        )
 
     def choose(self, step: int) -> list[Origin]:
         """Who answers each of the step's prompts, P entries.
@@ -75,15 +84,15 @@ class MixedSampler:
         self.samplers = samplers
         self.schedule = schedule
 
-    def sample(self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None) -> list[Rollout]:
-        """The step's responses, in the prompts' order; `version` is the step, `samples` is for the student.
+    def sample(self, prompts: Sequence[Prompt], step: int, *, samples: int | None = None) -> list[Rollout]:
+        """The step's responses to this process's share, in the prompts' order; `samples` is for the student.
 
         Raises `ValueError` for another number of prompts than the schedule's, and what the samplers raise.
         """
         if len(prompts) != self.schedule.prompts:
             raise ValueError(f"got {len(prompts)} prompts, expected a step's {self.schedule.prompts}")
         samples = self.schedule.samples if samples is None else samples
-        chosen = self.schedule.choose(version)
+        chosen = self.schedule.choose(step)
         answers: dict[int, list[Rollout]] = {}
         for origin, sampler in self.samplers.items():
             places = [place for place, name in enumerate(chosen) if name == origin]
@@ -93,12 +102,14 @@ class MixedSampler:
             if origin == "student":
                 # One program serves all steps: their number of prompts changes, what is compiled may not.
                 asked += asked[:1] * (self.schedule.most_students - len(asked))
-            made = sampler.sample(asked, version, samples=samples)
-            each = len(made) // len(asked)
-            for i, place in enumerate(places):
+            made = sampler.sample(asked, step, samples=samples)
+            numbers = processes.share(len(asked))
+            for i, number in enumerate(numbers):
+                each = len(made) // len(numbers)
                 mine = made[i * each : (i + 1) * each]
-                answers[place] = [replace(one, weight=samples / each) for one in mine]
-        return [one for place in range(len(prompts)) for one in answers[place]]
+                if number < len(places):
+                    answers[places[number]] = [replace(one, weight=samples / each) for one in mine]
+        return [one for place in sorted(answers) for one in answers[place]]
 
     def push(self, params: Any, version: int) -> None:
         """New weights, for whoever samples with them."""

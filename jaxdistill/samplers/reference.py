@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.errors import DataError
+from jaxdistill.parallel import processes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers.base import RolloutConfig
 from jaxdistill.text import Tokenizer
@@ -27,16 +28,16 @@ class ReferenceSampler:
         self.config = config
         self._last_only = scored or config.reference_turns == "last"
 
-    def sample(self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None) -> list[Rollout]:
-        """The reference of each prompt, once: a second sample would be the same one.
+    def sample(self, prompts: Sequence[Prompt], step: int, *, samples: int | None = None) -> list[Rollout]:
+        """The reference of each prompt of this process's share, once: a second sample would be the same one.
 
         Raises `DataError` naming the row that has no reference, is too long, or cannot be rendered."""
-        return [self._rollout(prompt, version) for prompt in prompts]
+        return [self._rollout(prompts[number], step) for number in processes.share(len(prompts))]
 
     def push(self, params: Any, version: int) -> None:
         """References do not depend on the weights."""
 
-    def _rollout(self, prompt: Prompt, version: int) -> Rollout:
+    def _rollout(self, prompt: Prompt, step: int) -> Rollout:
         where = f"{prompt.source} row {prompt.index}"
         if prompt.response is None:
             raise DataError(
@@ -65,7 +66,7 @@ class ReferenceSampler:
             response=self.tokenizer.spans(chat.ids[start:stop]),
             logprobs=np.zeros(stop - start, np.float32),
             finished=True,
-            policy_version=version,
+            policy_version=step,
             vocabulary=self.tokenizer.vocab_fingerprint,
             assistant_mask=chat.assistant_mask[start:stop],
             origin="reference",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.parallel import processes
 from jaxdistill.records import END_OF_TURN, ROLE_NAMES, Prompt, Rollout, TokenSpans, Unscored
 from jaxdistill.samplers.base import RolloutConfig, render_prompt
 from jaxdistill.teachers import Teachers
@@ -34,14 +35,17 @@ class TeacherSampler:
         self.config = config
         self.seed = seed
 
-    def sample(self, prompts: Sequence[Prompt], version: int, *, samples: int | None = None) -> list[Rollout]:
-        """One answer of the teacher to each prompt, drawn from (seed, version, place, prompt index).
+    def sample(self, prompts: Sequence[Prompt], step: int, *, samples: int | None = None) -> list[Rollout]:
+        """One answer of the teacher to each prompt of this process's share, drawn from (seed, step, place,
+        prompt index).
 
         Raises what `Teachers.generate` raises, and `DataError` for a prompt the student has no room for."""
+        places = processes.share(len(prompts))
+        prompts = [prompts[place] for place in places]
         prompt_ids = [render_prompt(self.tokenizer, prompt, self.config) for prompt in prompts]
         written = self.teachers.generate(
             prompts,
-            [self._seed(version, place, prompt.index) for place, prompt in enumerate(prompts)],
+            [self._seed(step, place, prompt.index) for place, prompt in zip(places, prompts, strict=True)],
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.teacher_temperature,
             top_p=self.config.teacher_top_p,
@@ -54,7 +58,7 @@ class TeacherSampler:
             for one, teacher in written
         ]
         return [
-            self._rollout(prompt, ids, spans, one, version)
+            self._rollout(prompt, ids, spans, one, step)
             for prompt, ids, spans, (one, _) in zip(
                 prompts, prompt_ids, carry_over(responses, self.tokenizer), written, strict=True
             )
@@ -69,7 +73,7 @@ class TeacherSampler:
         prompt_ids: np.ndarray,
         response: TokenSpans,
         answer: Written | Unscored,
-        version: int,
+        step: int,
     ) -> Rollout:
         finished = isinstance(answer, Written) and answer.finished
         if finished and (not len(response) or int(response.ids[-1]) not in self.tokenizer.stop_ids):
@@ -83,7 +87,7 @@ class TeacherSampler:
             response=response,
             logprobs=np.zeros(len(response), np.float32),
             finished=finished and fits,
-            policy_version=version,
+            policy_version=step,
             vocabulary=self.tokenizer.vocab_fingerprint,
             origin="teacher",
             unwritten=answer if isinstance(answer, Unscored) else None,

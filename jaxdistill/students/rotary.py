@@ -13,90 +13,107 @@ from jaxtyping import Array, Float, Int32
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.students.architecture import Rotary
+from jaxdistill.students.fields import Fields
 
-Parameters = Mapping[str, Any]
 
-
-def read_rotary(parameters: Parameters, *, head_dim: int, max_length: int, where: str) -> tuple[Rotary, int]:
+def read_rotary(
+    parameters: Mapping[str, Any], *, head_dim: int, max_length: int, where: str
+) -> tuple[Rotary, int]:
     """The frequencies of `parameters` (`rope_type`, `rope_theta`, and what the type needs), and the most
     positions they are good for.
 
     Raises `ConfigError`, naming `where` it was read, for an unknown type and for a missing or wrong value.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in _SCALINGS:
+    if kind not in tuple(_SCALINGS):
         raise ConfigError(
             f"{where}: rotary scaling of type {kind!r}; implemented are {', '.join(sorted(_SCALINGS))}"
         )
-    size = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    fields = Fields(parameters, f"{where}, rotary scaling {kind!r}")
+    part = fields.positive("partial_rotary_factor") if fields.says("partial_rotary_factor") else 1.0
+    if part > 1:
+        raise fields.wrong("partial_rotary_factor", "1 at most")
+    size = int(head_dim * part)
+    if (size + 1) // 2 * 2 > head_dim:
+        raise ConfigError(f"{where}: head_dim is {head_dim}, expected an even number: elements turn in pairs")
+    theta = fields.positive("rope_theta")
     try:
-        theta = np.float32(parameters["rope_theta"])
-        # In float32, as the reference does: 1 ulp of a frequency is an angle at a far position.
-        plain = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
-        frequencies, scale, longest = _SCALINGS[kind](plain, parameters, max_length)
-    except KeyError as error:
-        raise ConfigError(f"{where}: rotary scaling {kind!r} lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: a value of rotary scaling {kind!r} is not usable ({error})") from error
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            # In float32, as the reference does: 1 ulp of a frequency is an angle at a far position.
+            plain = 1.0 / np.float32(theta) ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
+            frequencies, scale, longest = _SCALINGS[kind](plain, fields, max_length)
+            if not (frequencies > 0).all():
+                raise FloatingPointError(f"a frequency is {min(frequencies)}")
+    except ArithmeticError as error:
+        said = ", ".join(f"{name}={value}" for name, value in parameters.items())
+        raise ConfigError(
+            f"{fields.where}: no usable frequencies with {said} ({error}); mend these"
+        ) from error
     return Rotary(tuple(float(f) for f in frequencies.astype(np.float32)), scale), longest
 
 
 _Scaled = tuple[np.ndarray, float, int]  # frequencies, scale, most positions
 
 
-def _default(plain: np.ndarray, _: Parameters, max_length: int) -> _Scaled:
+def _default(plain: np.ndarray, _: Fields, max_length: int) -> _Scaled:
     return plain, 1.0, max_length
 
 
-def _linear(plain: np.ndarray, p: Parameters, max_length: int) -> _Scaled:
+def _linear(plain: np.ndarray, p: Fields, max_length: int) -> _Scaled:
     """Position interpolation (Chen et al. 2023, equation 4)."""
-    return plain / np.float32(p["factor"]), 1.0, max_length
+    return plain / np.float32(p.positive("factor")), 1.0, max_length
 
 
-def _llama3(plain: np.ndarray, p: Parameters, max_length: int) -> _Scaled:
+def _llama3(plain: np.ndarray, p: Fields, max_length: int) -> _Scaled:
     """Llama 3.1: wavelengths beyond the trained context are stretched by `factor`, short ones kept, and
     those between blended (Grattafiori et al. 2024, section 3.4.2; the reference code)."""
-    low, high, trained = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
-    turns = trained * plain / (2 * math.pi)  # within the trained context
+    factor, low, high = (p.positive(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = p.whole(_TRAINED) * plain / (2 * math.pi)  # within the trained context
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * plain / p["factor"] + kept * plain, 1.0, max_length
+    return (1 - kept) * plain / factor + kept * plain, 1.0, max_length
 
 
-def _yarn(plain: np.ndarray, p: Parameters, max_length: int) -> _Scaled:
+def _yarn(plain: np.ndarray, p: Fields, max_length: int) -> _Scaled:
     """YaRN (Peng et al. 2023): equation 23 for the frequencies, section 3.4 for the scale."""
     for name in ("mscale", "mscale_all_dim"):
-        if p.get(name):
-            raise ValueError(f"{name} is not implemented")
-    factor, trained, size = p["factor"], p["original_max_position_embeddings"], 2 * len(plain)
+        if p.values.get(name):
+            raise p.wrong(name, "none: it is not implemented")
+    factor, trained, theta = p.positive("factor"), p.whole(_TRAINED), p.positive("rope_theta")
+    size = 2 * len(plain)
 
-    def dimension(turns: float) -> float:
-        """The (fractional) pair of dimensions that turns so often within the trained context."""
-        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(p["rope_theta"]))
+    def dimension(name: str, default: float) -> float:
+        """The (fractional) pair of dimensions that turns as often as the field says within the trained
+        context."""
+        often = p.positive(name) if p.says(name) else default
+        return size * math.log(trained / (often * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
-    if p.get("truncate", True):
+    low, high = dimension("beta_fast", 32.0), dimension("beta_slow", 1.0)
+    if p.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    scale = p.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    return plain / factor * ramp + plain * (1 - ramp), float(scale), max_length
+    scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if p.says("attention_factor"):
+        scale = p.positive("attention_factor")
+    return plain / factor * ramp + plain * (1 - ramp), scale, max_length
 
 
-def _longrope(plain: np.ndarray, p: Parameters, max_length: int) -> _Scaled:
+def _longrope(plain: np.ndarray, p: Fields, max_length: int) -> _Scaled:
     """LongRoPE (Ding et al. 2024) within the trained context: the short factors. The long ones are for
     rows beyond it, and which of the two a row gets would depend on its length."""
-    trained = p.get("original_max_position_embeddings", max_length)
-    factor = max_length / trained
-    scale = p.get("attention_factor")
-    if scale is None:
-        scale = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
-    short = np.asarray(p["short_factor"], np.float32)
+    trained = p.whole(_TRAINED)
+    factor = p.positive("factor") if p.says("factor") else max_length / trained
+    scale = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    if p.says("attention_factor"):
+        scale = p.positive("attention_factor")
+    short = np.asarray(p.numbers("short_factor"), np.float32)
     if short.shape != plain.shape:
-        raise ValueError(f"short_factor has {short.size} entries, expected {plain.size}")
-    return plain / short, float(scale), trained
+        raise p.wrong("short_factor", f"{plain.size} entries")
+    return plain / short, scale, trained
 
 
-_SCALINGS: Mapping[str, Callable[[np.ndarray, Parameters, int], _Scaled]] = {
+_TRAINED = "original_max_position_embeddings"
+_SCALINGS: Mapping[str, Callable[[np.ndarray, Fields, int], _Scaled]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,

@@ -1,4 +1,4 @@
-"""The tensors of a folder's safetensors files, read a piece at a time.
+"""The tensors of a model folder's safetensors files, read a piece at a time.
 
 The library checks a file and its header; the bytes come from a memory map, because its readers either know
 no bfloat16 (numpy) or put every piece on a device first (flax), and a model may be larger than the host's
@@ -26,19 +26,47 @@ _DTYPES: Mapping[str, np.dtype] = {
 }
 
 
+_INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder, in order of their names: those that its index names,
+    else model.safetensors, else every `*.safetensors` file. Others may lie beside them: the same weights in
+    another layout (consolidated.safetensors), or adapters.
+
+    Raises `ConfigError` for a folder without any, an index that cannot be read, and a file it names that is
+    missing.
+    """
+    index, one = folder / _INDEX, folder / "model.safetensors"
+    if index.is_file():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} has no readable weight_map ({error!r}); download it again") from error
+        for file in files:
+            if not file.is_file():
+                raise ConfigError(f"{file} is missing, but {_INDEX} names it; download or export it again")
+    else:
+        files = [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder}: no *.safetensors file; only safetensors weights are read")
+    return files
+
+
 def fingerprint(folder: Path) -> str:
-    """A digest (SHA-256, in hexadecimal) of a model folder's config.json and its `*.safetensors` files."""
+    """A digest (SHA-256, in hexadecimal) of a model folder's config.json and its `weight_files`, whose errors
+    it raises."""
     whole = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for file in [folder / "config.json", *weight_files(folder)]:
         with file.open("rb") as opened:
             whole.update(hashlib.file_digest(opened, "sha256").digest())
     return whole.hexdigest()
 
 
 class TensorFiles:
-    """Every tensor of the `*.safetensors` files in `folder`, by name.
+    """Every tensor of the `weight_files` of `folder`, by name.
 
-    Raises `ConfigError` for a folder without any, a file that cannot be read, and one with a tensor that two
+    Raises `ConfigError` as `weight_files` does, for a file that cannot be read, and for a tensor that two
     files hold.
     """
 
@@ -46,10 +74,7 @@ class TensorFiles:
         self.folder = folder
         self._tensors: dict[str, np.ndarray] = {}
         self._other: dict[str, str] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(f"{folder}: no *.safetensors file; only safetensors weights are read")
-        for file in files:
+        for file in weight_files(folder):
             try:
                 self._open(file)
             except (SafetensorError, OSError, ValueError) as error:

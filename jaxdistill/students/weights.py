@@ -57,7 +57,7 @@ def load_decoder(
 
     Raises `ConfigError` for a missing folder or file, an unsupported config, a mesh that cannot share out
     its experts, targets of `lora` that the model has not, and tensors that are missing, unexpected or of
-    another shape than the config says.
+    another shape than the config says, and a head that differs from the embedding it is tied to.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -158,7 +158,16 @@ class _Reader:
             for part, name in enumerate(tensor.parameters):
                 self._parts.setdefault(name, []).append((tensor, part))
         self._layers = layers
-        expected = {TOP[name]: shapes[name].shape for name in TOP if name in shapes}
+        self._top = {name: theirs for name, theirs in TOP.items() if name in shapes}
+        expected = {theirs: shapes[name].shape for name, theirs in self._top.items()}
+        # Some exporters write a tied matrix twice, some under the head's name alone.
+        self._twice = False
+        if "head" not in shapes and TOP["head"] in files.names():
+            expected[TOP["head"]] = shapes["embedding"].shape
+            self._twice = TOP["embedding"] in files.names()
+            if not self._twice:
+                del expected[TOP["embedding"]]
+                self._top["embedding"] = TOP["head"]
         for tensor in tensors:
             first = 1 if tensor.expert is None else 2
             inner = shapes["layers"][tensor.parameters[0]].shape[first:]
@@ -167,8 +176,6 @@ class _Reader:
         for name, shape in expected.items():
             files.check(name, shape)
         unexpected = {n for n in files.names() - expected.keys() if not n.endswith("rotary_emb.inv_freq")}
-        if "head" not in shapes:
-            unexpected.discard(TOP["head"])  # some exporters write the tied matrix twice
         if unexpected:
             raise ConfigError(
                 f"{files.folder}: tensor {min(unexpected)} (and {len(unexpected) - 1} more) has no place in "
@@ -182,8 +189,11 @@ class _Reader:
     def read(self, name: str, piece: Piece) -> np.ndarray:
         """The piece of parameter `name`, in the decoder's layout: layers first, then experts where it has
         them, kernels [in, out]. In bfloat16 where all of the parameter is stored so, else in float32."""
-        if name in TOP:
-            return np.array(self._files.read(TOP[name], piece))
+        if name in self._top:
+            found = np.array(self._files.read(self._top[name], piece))
+            if name == "embedding" and self._twice:
+                self._check_tied(found, piece)
+            return found
         parts = self._parts[name]
         layers, *inner = piece
         if by_expert := parts[0][0].expert is not None:
@@ -193,6 +203,15 @@ class _Reader:
         found = np.stack([self._read(*part, layer, inner) for layer in numbers for part in parts])
         found = found.astype(self._dtypes[name], copy=False)
         return found.reshape(len(numbers), len(parts), *found.shape[1:]) if by_expert else found
+
+    def _check_tied(self, embedding: np.ndarray, piece: Piece) -> None:
+        """Raise `ConfigError` where the head of the files is another matrix than the embedding: transformers
+        does not tie them then, whatever the config says."""
+        if not np.array_equal(embedding, self._files.read(TOP["head"], piece)):
+            raise ConfigError(
+                f"{self._files.folder}: {TOP['head']} differs from {TOP['embedding']}, but config.json "
+                'ties them; write "tie_word_embeddings": false there, or delete the tensor that is wrong'
+            )
 
     def _read(self, tensor: Tensor, part: int, layer: int, piece: list[slice]) -> np.ndarray:
         """A piece of one part of a tensor of a layer, kernels [in, out]."""

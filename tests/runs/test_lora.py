@@ -54,7 +54,7 @@ def trained(run: Path) -> dict[str, Any]:
     """The parameters of the newest checkpoint; restoring fails where it holds others than adapters."""
     blank = abstract_decoder(read_config(ROOT / "assets/toy/student"), lora=LoraConfig(rank=4, alpha=8.0))
     template, _ = trained_and_frozen(nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
-    return jax.tree.map(jnp.asarray, restore_params(run / "checkpoints", None, template)[1])
+    return jax.tree.map(jnp.asarray, restore_params(run, None, template)[1])
 
 
 @pytest.mark.slow

@@ -169,6 +169,29 @@ def test_the_unaligned_tokens_alone_are_left_out():
     np.testing.assert_array_equal(moved[:, :-1], batch.loss_mask[:, 1:])
 
 
+def test_truncated_ratios_weigh_the_gradient_of_log_p():
+    """Far off-policy rows: the gradient is that of -min(r, cap) A log p, r taken as a number."""
+    settings = {"credit": "projected", "baseline": "none", "normalize": False}
+    cap, batch, (hidden, embedding) = 1.5, make_batch(), weights()
+    batch = replace(batch, behavior_logprobs=np.where(batch.response_mask, batch.behavior_logprobs - 1.5, 0))
+    objective = ReverseKL(ReverseKLConfig(importance="truncate", ratio_cap=cap, **settings))
+    advantage = np.clip(batch.projection.logprob - batch.behavior_logprobs, -10, 10)[:, 1:]
+    weight = (batch.weight[:, None] * batch.projection.mask)[:, 1:]
+    ratios = []
+
+    def expected(hidden):
+        logprobs = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, embedding))[:, :-1]
+        own = jnp.take_along_axis(logprobs, jnp.asarray(batch.tokens)[:, 1:, None], -1)[..., 0]
+        ratio = jax.lax.stop_gradient(jnp.exp(own - batch.behavior_logprobs[:, 1:]))
+        ratios.append(ratio)
+        return -(weight * jnp.minimum(ratio, cap) * advantage * own).sum() / weight.sum()
+
+    wanted = jax.grad(expected)(hidden)
+    assert 0.2 < float((ratios[0] > cap)[weight > 0].mean()) < 0.9
+    _, (found, _) = loss_and_gradient(objective, on_device(batch), hidden, embedding)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_reverse_kl_value_on_fresh_rows():
     """With behaviour logprobs equal to the model's own the ratio is 1: the objective is the mean of
     minus the advantage, and its gradient that of -A log p."""

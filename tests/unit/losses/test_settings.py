@@ -69,7 +69,7 @@ def test_auto_becomes_projected_with_top_k_and_a_chunk_rule_without():
         assert config.resolved(top_k=True).needs == {"projection"}
         assert config.resolved(top_k=False).credit == without
         assert config.resolved(top_k=False).needs == frozenset()
-    chosen = ReverseKLConfig(credit="broadcast")
+    chosen = ReverseKLConfig(credit="broadcast", importance="clip")
     assert chosen.resolved(top_k=True) == chosen
     with pytest.raises(ValueError, match="still auto"):
         ReverseKL(ReverseKLConfig()).prepare(on_device(make_batch()))

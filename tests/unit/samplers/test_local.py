@@ -107,6 +107,24 @@ def test_a_row_depends_on_its_key_alone_not_on_its_neighbours_or_the_padding(dec
     np.testing.assert_allclose(together.logprobs[2:4], alone.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_no_tokenizer_has_are_never_drawn(decoder, temperature):
+    """Vocabularies are padded; the model's own log-probabilities are still over all of its rows."""
+    free = run(decoder, PROMPTS, samples=8, stops=(), temperature=temperature)
+    assert free.tokens.max() >= 9
+    out = run(decoder, PROMPTS, samples=8, stops=(), temperature=temperature, ids=9)
+    assert out.tokens.max() < 9
+    for row, response in enumerate(out.tokens.tolist()):
+        own = rescore(decoder, PROMPTS[row // 8], response)
+        np.testing.assert_allclose(out.model_logprobs[row], own, atol=1e-5)
+        assert (out.logprobs[row] > out.model_logprobs[row] + 0.01).all()
+
+
+def test_a_prompt_without_a_token_is_refused(decoder):
+    with pytest.raises(ValueError, match="prompt 1 has no token"):
+        run(decoder, [[5], [], [6]])
+
+
 def test_temperature_zero_takes_the_most_likely_token(decoder):
     out = run(decoder, PROMPTS, temperature=0.0, stops=())
     for row, prompt in enumerate(PROMPTS):

@@ -75,6 +75,19 @@ def test_the_samplers_responses_end_there_and_are_the_same_until_then(tokenizer)
     assert cut > 2
 
 
+def test_a_prompt_that_comes_twice_goes_on_with_later_samples(tokenizer):
+    mesh = make_mesh(MeshConfig())
+    graphdef, params = nnx.split(load_decoder(TOY, mesh=mesh), nnx.Param)
+    one, other = (Prompt([{"role": "user", "content": text}], i, "test") for i, text in enumerate("12"))
+    config = RolloutConfig(max_prompt_tokens=32, max_new_tokens=8)
+    sampler = LocalSampler(graphdef, tokenizer, config, mesh, seed=2**32 - 1)  # the largest seed there is
+    sampler.push(nnx.to_pure_dict(params), 0)
+    four = sampler.sample([one], 5, samples=4)
+    twice = sampler.sample([one, other, one], 5, samples=2)
+    for expected, found in zip(four, [*twice[:2], *twice[4:]], strict=True):
+        np.testing.assert_array_equal(found.response.ids, expected.response.ids)
+
+
 def test_an_empty_string_is_refused(tokenizer):
     with pytest.raises(ValueError, match="empty stop string"):
         StopStrings(["a", ""], tokenizer)

@@ -191,8 +191,10 @@ def test_the_number_of_experts_under_either_name():
     [
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is implemented"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\] is implemented"),
-        ({"num_experts_per_tok": 6}, "6 of 5 experts"),
-        ({"num_experts": 0}, "2 of 0 experts"),
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, expected at most the 5 experts"),
+        ({"num_experts": 0}, "num_experts is 0, expected a whole number"),
+        ({"num_local_experts": 4}, "num_experts is 5, expected 4, as num_local_experts says"),
+        ({"norm_topk_prob": "false"}, "norm_topk_prob is 'false', expected true or false"),
     ],
 )
 def test_a_config_that_is_not_implemented_is_refused_by_name(change, words):

@@ -1,6 +1,7 @@
 """The configs of published checkpoints, as their authors wrote them (fields that say nothing of the shape are
 left out), and what of them is refused."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.students.architecture import LayerKind
-from jaxdistill.students.families import parse_config, read_config
+from jaxdistill.students.families import FAMILIES, parse_config, read_config
+from jaxdistill.students.rotary import read_rotary
 
 
 def sizes(
@@ -189,6 +192,48 @@ def test_both_ages_of_a_config_are_the_same_model() -> None:
     assert parse_config(gemma, "a test") == parse_config(GEMMA3_1B, "a test")
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+KINDS = {
+    "full_attention": {"rope_type": "default", "rope_theta": 3e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "fields"),
+    [
+        (QWEN3_8B, {"rope_parameters": {"rope_type": "default", "rope_theta": 3e6}, "rope_scaling": YARN}),
+        (QWEN3_8B, {"rope_parameters": YARN | {"rope_theta": 3e6}, "rope_scaling": {}}),
+        (QWEN3_8B, {"rope_parameters": {"rope_type": "default"}}),
+        (QWEN3_8B, {"rope_parameters": {}}),
+        (QWEN3_8B, {"rope_parameters": None, "rope_scaling": YARN | {"rope_theta": 5e5}}),
+        (GEMMA3_1B, {"rope_parameters": KINDS}),
+        (GEMMA3_1B, {"rope_parameters": KINDS, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        (GEMMA3_1B, {"rope_parameters": {}}),
+        (GEMMA3_1B, {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}),
+    ],
+)
+@pytest.mark.parametrize("top", [{}, {"rope_theta": 7e5, "rope_local_base_freq": 5e4}])
+def test_rotary_settings_in_several_places_are_read_as_transformers_reads_them(
+    raw: dict[str, Any], fields: dict[str, Any], top: dict[str, Any]
+) -> None:
+    plain = {k: v for k, v in raw.items() if k not in ("rope_theta", "rope_local_base_freq")}
+    theirs = AutoConfig.for_model(**copy.deepcopy(plain | top | fields)).rope_parameters
+    config = parse_config(plain | top | fields, "a test")
+    for kind, layer in {"sliding_attention": config.layers[0], "full_attention": config.layers[5]}.items():
+        settings = theirs.get(kind, theirs)
+        wanted, longest = read_rotary(settings, head_dim=config.head_dim, max_length=40960, where="a test")
+        assert layer.rotary == wanted
+        assert settings["rope_theta"] in (1e4, 2e4, 5e4, 5e5, 7e5, 1e6, 3e6) and longest == 40960
+
+
+def test_rotary_settings_by_kind_are_for_families_that_have_them() -> None:
+    with pytest.raises(ConfigError, match=r"rope_parameters is .* of all layers together"):
+        parse_config(QWEN3_8B | {"rope_parameters": KINDS}, "a test")
+    with pytest.raises(ConfigError, match=r"rope_parameters is .* by kind of layer"):
+        parse_config(GEMMA3_1B | {"rope_parameters": {"rope_theta": 1e6}}, "a test")
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -196,13 +241,52 @@ def test_both_ages_of_a_config_are_the_same_model() -> None:
         ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "llama3"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "low_freq_factor"]),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, ["linear", "not usable"]),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+            ["linear", "factor is 'two'", "a number above 0"],
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, ["linear", "factor is 0"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": None}}, ["linear", "factor is None"]),
+        ({"rope_scaling": "linear"}, ["rope_scaling is 'linear'", "an object"]),
+        (
+            {"rope_scaling": LLAMA_31_8B["rope_scaling"] | {"high_freq_factor": 1.0}},
+            ["no usable frequencies", "low_freq_factor=1.0", "high_freq_factor=1.0"],
+        ),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, ["no usable frequencies", "rope_theta=1.0"]),
+        ({"rope_scaling": YARN | {"truncate": "no"}}, ["truncate is 'no'", "true or false"]),
+        ({"rope_scaling": YARN | {"mscale": 0.7}}, ["mscale is 0.7", "not implemented"]),
+        ({"rope_theta": None}, ["rope_theta is None"]),
+        ({"rope_theta": 0}, ["rope_theta is 0"]),
+        ({"rope_theta": math.inf}, ["rope_theta is inf"]),
+        ({"rope_theta": 1e300}, ["no usable frequencies", "rope_theta=1e+300"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5", "whole heads"]),
+        ({"head_dim": 127}, ["head_dim is 127", "even"]),
+        ({"head_dim": 0}, ["head_dim is 0"]),
+        ({"hidden_size": 4097}, ["hidden_size is 4097", "multiple of num_attention_heads, 32"]),
+        ({"hidden_size": 4096.7}, ["hidden_size is 4096.7", "whole number"]),
+        ({"hidden_size": "4096"}, ["hidden_size is '4096'"]),
+        ({"vocab_size": 0}, ["vocab_size is 0"]),
+        ({"vocab_size": True}, ["vocab_size is True"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers is 0"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads is 0"]),
+        ({"num_key_value_heads": 5}, ["num_key_value_heads is 5", "divisor of num_attention_heads, 32"]),
+        ({"num_key_value_heads": 64}, ["num_key_value_heads is 64"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps is 0"]),
+        ({"rms_norm_eps": -1e-6}, ["rms_norm_eps is -1e-06"]),
+        ({"attention_bias": "false"}, ["attention_bias is 'false'", "true or false"]),
+        ({"tie_word_embeddings": "false"}, ["tie_word_embeddings is 'false'"]),
+        ({"tie_word_embeddings": None}, ["tie_word_embeddings is None"]),
+        ({"is_causal": False}, ["is_causal is False", "only True"]),
+        ({"is_causal": None}, ["is_causal is None", "only True"]),
+        ({"per_layer_config": {"0": {"head_dim": 64}}}, ["per_layer_config"]),
+        ({"layer_types": ["sliding_attention"] * 32}, ["layer_types", "'full_attention' for every layer"]),
+        ({"layer_types": []}, ["layer_types", "32 entries"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
         ({"pretraining_tp": 2}, ["pretraining_tp", "2"]),
         ({"layer_types": ["full_attention"] * 3}, ["layer_types", "32 entries"]),
         ({"layer_types": ["linear_attention"] * 32}, ["layer_types", "linear_attention"]),
-        ({"hidden_size": "wide"}, ["not usable", "wide"]),
-        ({"rms_norm_eps": None}, ["not usable"]),
+        ({"hidden_size": "wide"}, ["hidden_size is 'wide'", "a whole number"]),
+        ({"rms_norm_eps": None}, ["rms_norm_eps is None", "a number above 0"]),
     ],
 )
 def test_what_the_decoder_does_not_do_is_refused_by_name(change: dict[str, Any], names: list[str]) -> None:
@@ -210,6 +294,116 @@ def test_what_the_decoder_does_not_do_is_refused_by_name(change: dict[str, Any],
         parse_config(LLAMA_31_8B | change, "models/x/config.json")
     for name in ["models/x/config.json", *names]:
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "change", "name"),
+    [
+        (MISTRAL_7B_01, {"sliding_window": 0}, "sliding_window is 0"),
+        (MISTRAL_7B_01, {"sliding_window": -1}, "sliding_window is -1"),
+        (MISTRAL_7B_01, {"sliding_window": 4096.7}, "sliding_window is 4096.7"),
+        (MISTRAL_7B_01, {"layer_types": ["full_attention"] * 32}, "'sliding_attention' for every layer"),
+        (PHI3_MINI_128K, {"layer_types": ["full_attention"] * 32}, "'sliding_attention' for every layer"),
+        (OLMO2_7B, {"layer_types": ["sliding_attention"] * 32}, "'full_attention' for every layer"),
+        (QWEN3_8B, {"layer_types": ["sliding_attention"] * 36}, "use_sliding_window is false"),
+        (QWEN3_8B, {"use_sliding_window": "true", "sliding_window": 8}, "use_sliding_window is 'true'"),
+        (QWEN3_8B, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": -1}, "is -1"),
+        (GEMMA2_2B, {"sliding_window": None}, "sliding_window is None"),
+        (GEMMA2_2B, {"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
+        (GEMMA3_1B, {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        (GEMMA3_1B, {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        (GEMMA3_1B, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        (SMOLLM3_3B, {"no_rope_layers": [1, 0]}, "0 or 1 for each of 36 layers"),
+        (SMOLLM3_3B, {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        (PHI4_MINI, {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        (PHI4_MINI, {"partial_rotary_factor": 0}, "partial_rotary_factor is 0"),
+        (PHI4_MINI, {"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+        (PHI4_MINI, {"rope_scaling": PHI4_MINI["rope_scaling"] | {"short_factor": [1.0]}}, "48 entries"),
+        (PHI4_MINI, {"rope_scaling": PHI4_MINI["rope_scaling"] | {"short_factor": [0] * 48}}, "a list of"),
+    ],
+)
+def test_what_a_family_cannot_have_is_refused_by_name(
+    raw: dict[str, Any], change: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ConfigError, match="models/x") as caught:
+        parse_config(raw | change, "models/x")
+    assert name in str(caught.value)
+
+
+LEAST = sizes(4096, 512, 8, 32, 8, 1000, 2048)
+# Fields that no config need have.
+for field in ("num_key_value_heads", "hidden_act"):
+    del LEAST[field]
+# The layers' windows are what the config's `layer_types` say in these, and one for all layers in the others.
+BY_LAYER = {"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"}
+WINDOWED = {"mistral", "qwen3_moe", "phi3"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"sliding_window": 64},
+        {"sliding_window": 64, "use_sliding_window": False},
+        {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 3},
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window_pattern": 3},
+        {"rope_theta": 12345.0, "num_key_value_heads": 2},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 12345},
+        {
+            "rope_scaling": YARN | {"beta_fast": 16, "attention_factor": 1.5},
+            "original_max_position_embeddings": 512,
+        },
+    ],
+    ids=str,
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(
+    name: str, fields: dict[str, Any]
+) -> None:
+    raw = LEAST | fields | {"model_type": name}
+    if name == "phi3" and "rope_scaling" in fields:  # it has no other scaling
+        raw["rope_scaling"] = PHI3_MINI_128K["rope_scaling"] | {"short_factor": [1.5] * 64}
+        raw["rope_scaling"]["long_factor"] = [4.0] * 64
+    if name == "qwen3_moe":
+        raw |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    theirs = AutoConfig.for_model(**copy.deepcopy(raw))
+    theirs.standardize_rope_params()  # as every model does once more
+    config = parse_config(raw, "a test")
+
+    names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    activation = theirs.hidden_activation if name.startswith("gemma") else theirs.hidden_act
+    assert config.activation == names[activation]
+    assert config.tied_embeddings == theirs.tie_word_embeddings
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or 4096 // 32)
+
+    same = "sliding_attention" if name in WINDOWED and theirs.sliding_window else "full_attention"
+    kinds = theirs.layer_types if name in BY_LAYER else [same] * 8
+    turns = theirs.no_rope_layers if name == "smollm3" else [1] * 8
+    for layer, kind, turned in zip(config.layers, kinds, turns, strict=True):
+        assert layer.window == (theirs.sliding_window if kind == "sliding_attention" else None)
+        settings = theirs.rope_parameters.get(kind, theirs.rope_parameters)
+        rotary, _ = read_rotary(settings, head_dim=config.head_dim, max_length=2048, where="a test")
+        assert layer.rotary == (rotary if turned else None)
+
+
+@pytest.mark.parametrize("top", [{}, {"original_max_position_embeddings": 2048}])
+@pytest.mark.parametrize("inner", [{}, {"original_max_position_embeddings": 8192}, {"factor": 4.0}])
+def test_the_scale_of_longrope_is_of_the_lengths_transformers_takes(
+    top: dict[str, Any], inner: dict[str, Any]
+) -> None:
+    raw = {k: v for k, v in PHI3_MINI_128K.items() if k != "original_max_position_embeddings"} | top
+    raw["rope_scaling"] = PHI3_MINI_128K["rope_scaling"] | inner
+    theirs = AutoConfig.for_model(**copy.deepcopy(raw)).rope_parameters
+    trained = theirs["original_max_position_embeddings"]
+    factor = theirs.get("factor") or 131072 / trained
+    config = parse_config(raw, "a test")
+    assert config.max_length == trained == top.get("original_max_position_embeddings", 4096)
+    assert config.layers[0].rotary is not None
+    wanted = math.sqrt(1 + math.log(factor) / math.log(trained))
+    assert config.layers[0].rotary.scale == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers", "rms_norm_eps"])

@@ -225,6 +225,38 @@ def test_a_folder_whose_tensors_are_not_the_config_s_is_refused(spoil, message, 
         load_decoder(tmp_path)
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tied_folder(folder: Path, change: float | np.ndarray = 0.0) -> Path:
+    """llama_tied with its matrix written twice, the second time with a change."""
+    tensors = load_file(PARITY / "llama_tied" / "model.safetensors")
+    assert HEAD not in tensors
+    tensors[HEAD] = tensors[EMBEDDING] + np.float32(change)
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copyfile(PARITY / "llama_tied" / "config.json", folder / "config.json")
+    return folder
+
+
+def test_a_tied_matrix_may_be_written_twice_or_as_the_head_alone(tmp_path: Path) -> None:
+    wanted = nnx.state(load_decoder(PARITY / "llama_tied"))
+    folder = tied_folder(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_decoder(folder)), wanted)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[EMBEDDING]
+    save_file(tensors, folder / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_decoder(folder)), wanted)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    """In its last row alone: every piece is looked at."""
+    vocabulary, hidden = load_file(PARITY / "llama_tied" / "model.safetensors")[EMBEDDING].shape
+    change = np.zeros((vocabulary, hidden), np.float32)
+    change[-1, -1] = 1.0
+    with pytest.raises(ConfigError, match=r'lm_head\.weight differs .* "tie_word_embeddings": false'):
+        load_decoder(tied_folder(tmp_path, change))
+
+
 def test_the_load_of_the_experts_is_that_of_transformers() -> None:
     with np.load(PARITY / "qwen3_moe" / "expected.npz") as stored:
         expected = dict(stored)

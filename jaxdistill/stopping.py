@@ -1,0 +1,89 @@
+"""Ending a run from outside, with nothing lost: by a signal, or by the clock.
+
+A signal can arrive at any moment, also while the training step holds the only copy of the state. So the code
+says where it may be left at once (`Stop.at_once`: sampling, asking the teacher, evaluating, whose results can
+be made again); everywhere else a signal is remembered until such a place comes.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """The run was asked to end. No `Exception`, as `KeyboardInterrupt` is none: code that handles failures
+    must not take it for one. `exit_code` is what schedulers read as "start me again"."""
+
+    exit_code = 75
+
+
+class Stop:
+    """Whether the run shall end: by SIGTERM or SIGINT while `listening`, or by the clock (`after`).
+
+    With `agreed`, several processes end together (`parallel.processes.together`), and `at_once` leaves
+    nothing.
+
+    A second signal ends the process at once, by that signal, with the last checkpoint as it is."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.agreed = False
+        self._hours = 0.0
+        self._leave = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the signals until the context ends. In another thread than the main one Python allows no
+        handlers: there nothing but the caller ends the run."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def after(self, hours: float) -> None:
+        """Ask for the end in `hours` from now, where `listening`."""
+        self._hours = hours
+        if signal.getsignal(signal.SIGALRM) == self._on_alarm:
+            signal.setitimer(signal.ITIMER_REAL, hours * 3600)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that may be left anywhere: a stop asked for before it, or during it, raises `Stopped`."""
+        self._leave = not self.agreed
+        try:
+            if self._leave:
+                self._end_if_asked()
+            yield
+        finally:
+            self._leave = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._ask(f"got {signal.Signals(number).name}")
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is None:
+            self._ask(f"run.max_hours={self._hours:g} are over")
+
+    def _ask(self, reason: str) -> None:
+        self.reason = reason
+        if self._leave:
+            self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        if self.reason is not None:
+            raise Stopped(self.reason)

@@ -1,0 +1,160 @@
+"""Runs of several processes on one machine, by the script users call: the same numbers as one process, the
+same end for all, and a name for who is missing."""
+
+import contextlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs.conftest import ROOT, environment, rows, served, without_clocks
+
+__all__ = ["served"]
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "data.prompts_per_step=8",
+    "rollout.samples_per_prompt=2",
+    "eval.prompts=10",
+    "eval.every=2",
+    "checkpoint.every=2",
+    "run.steps=3",
+    "run.tensorboard=false",
+    "run.barrier_timeout_s=60",
+)
+
+
+def start(processes: int, devices: int, folder: Path, *overrides: str, **more: str) -> subprocess.Popen:
+    """`launch/local.sh` with so many processes of so many devices."""
+    given = {**environment(), "PYTHON": sys.executable, "DEVICES_PER_PROCESS": str(devices), **more}
+    command = ["launch/local.sh", str(processes), "--config", "configs/quickstart.yaml", f"run.dir={folder}"]
+    return subprocess.Popen(
+        [*command, *SMALL, *overrides],
+        cwd=ROOT,
+        env=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(run: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+    """Its exit code and all that its processes said."""
+    said, _ = run.communicate(timeout=seconds)
+    return run.returncode, said
+
+
+def compare(one: Path, many: Path) -> None:
+    """The rows of two runs, alike within 1e-5 but for how often a teacher was asked."""
+    for expected, found in zip(map(without_clocks, rows(one)), map(without_clocks, rows(many)), strict=True):
+        expected.pop("teacher/requests", None), found.pop("teacher/requests", None)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            same = value is None and found[name] is None
+            assert same or math.isclose(found[name], value, rel_tol=0, abs_tol=1e-5), name
+
+
+MIXED = (
+    "rollout.origins.student=0.5",
+    "rollout.origins.teacher=0.5",
+    "rollout.stop=['3']",
+    "mesh.data=2",
+    "mesh.fsdp=2",
+    "mesh.tensor=2",
+    "shapes.buckets=[48, 64, 80]",
+    "rollout.max_staleness=1",
+    "optimizer.gradient_accumulation_steps=2",
+)
+
+
+@pytest.mark.parametrize(("overrides", "counts"), [((), (2, 4)), (MIXED, (2,))], ids=["plain", "mixed"])
+def test_any_number_of_processes_gives_the_losses_of_one(served, tmp_path, overrides, counts):
+    code, said = finish(start(1, 8, tmp_path / "1", *served, *overrides))
+    assert code == 0, said
+    for count in counts:
+        folder = tmp_path / str(count)
+        code, said = finish(start(count, 8 // count, folder, *served, *overrides))
+        assert code == 0, said
+        compare(tmp_path / "1", folder)
+        assert [row["recompiles"] for row in rows(folder)[:-1]] == [0, 0, 0]
+        assert {path.name for path in folder.glob("*.jsonl")} == {"metrics.jsonl", "samples.jsonl"}
+
+
+def processes_of(run: subprocess.Popen, folder: Path, count: int) -> list[int]:
+    """Wait until `count` steps are written; the ids of the run's processes, in their order."""
+    deadline = time.monotonic() + 240
+    metrics = folder / "metrics.jsonl"
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < count:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    found = {}
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        text = Path(f"/proc/{child}/environ").read_bytes().decode()
+        if number := re.search(r"JAXDISTILL_PROCESS=(\d+)", text):
+            found[int(number[1])] = int(child)
+    return [found[number] for number in sorted(found)]
+
+
+LONG = ("eval.path=null", "run.steps=40", "checkpoint.every=40", "data.prompts_per_step=4")
+
+
+def saved(folder: Path) -> list[int]:
+    return [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_signal_to_one_stops_all_at_one_step_and_they_go_on_from_there(served, tmp_path):
+    folder = tmp_path / "run"
+    overrides = (*served, *LONG, "optimizer.schedule=constant")
+    run = start(2, 1, folder, *overrides)
+    os.kill(processes_of(run, folder, 2)[1], signal.SIGTERM)
+    code, said = finish(run)
+    assert code == 75 and said.count("process 1 got SIGTERM") == 2, said
+    (step,) = saved(folder)
+    assert [row["step"] for row in rows(folder)] == list(range(step))
+    code, said = finish(start(2, 1, folder, *overrides, f"run.steps={step + 1}"))
+    assert code == 0, said
+    assert sorted(saved(folder)) == [step, step + 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_dies_or_stalls_is_named_by_the_other_within_the_timeout(served, tmp_path, number):
+    folder = tmp_path / "run"
+    # Longer than a slow machine compiles, which is waited for too.
+    run = start(2, 1, folder, *served, *LONG, "run.barrier_timeout_s=45")
+    other, hurt = processes_of(run, folder, 2)
+    os.kill(hurt, number)
+    deadline = time.monotonic() + 45 + 15  # a roll call may follow the timeout
+    while Path(f"/proc/{other}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(hurt, signal.SIGKILL)  # nothing else ends one that is frozen
+    code, said = finish(run)
+    assert code in (75, 128 + signal.SIGKILL) and "process 0 ended with code 75" in said, said
+    assert "process 0 ends" in said
+    assert re.search(r"process 1 (did not come to|was missing in)", " ".join(said.split())), said
+
+
+def test_a_teacher_that_fails_one_process_ends_all_with_a_checkpoint(served, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] && set -- tests/hosts/failing.py "$@"\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    folder = tmp_path / "run"
+    code, said = finish(start(2, 1, folder, *served, *LONG, PYTHON=str(python), PYTHONPATH=str(ROOT)))
+    assert code == 75, said
+    assert "process 1: the teacher's machine is gone" in said
+    assert saved(folder) == [2]
+
+
+def test_prompts_that_cannot_be_shared_evenly_are_refused(tmp_path):
+    code, said = finish(start(2, 1, tmp_path / "run", "data.prompts_per_step=3"))
+    assert code == 2 and "is no multiple of the 2 processes" in said, said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,78 @@
+"""Where a run that is asked to end may be left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxdistill.stopping import Stop, Stopped
+
+
+def send(number: int) -> None:
+    """This process gets a signal, and its handler has run when this returns."""
+    os.kill(os.getpid(), number)
+    time.sleep(0)
+
+
+def test_a_signal_leaves_what_may_be_left_and_nothing_else():
+    stop, done = Stop(), []
+    with stop.listening(), pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+        send(signal.SIGTERM)
+        done.append("behind the signal")
+    assert not done
+
+    stop = Stop()
+    with stop.listening():
+        send(signal.SIGTERM)
+        done.append("the state is being changed")  # not in `at_once`
+        with pytest.raises(Stopped), stop.at_once():
+            done.append("sampling")
+    assert done == ["the state is being changed"]
+
+
+def test_no_handler_of_failures_takes_a_stop_for_one():
+    stop = Stop()
+    with stop.listening(), pytest.raises(Stopped), stop.at_once():
+        try:
+            send(signal.SIGINT)
+        except Exception:
+            pytest.fail("taken for a failure")
+
+
+def test_the_clock_ends_a_run_and_is_no_second_signal():
+    stop = Stop()
+    with stop.listening():
+        stop.after(0.05 / 3600)
+        with pytest.raises(Stopped, match="max_hours"), stop.at_once():
+            time.sleep(5)
+    stop = Stop()
+    with stop.listening():
+        stop.after(0.05 / 3600)
+        send(signal.SIGTERM)
+        time.sleep(0.2)
+    assert stop.reason == "got SIGTERM"
+
+
+def test_what_listened_before_listens_again():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)]
+    with Stop().listening():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process(number: int):
+    code = (
+        "import os, time\nfrom jaxdistill.stopping import Stop\n"
+        f"with Stop().listening():\n    os.kill(os.getpid(), {int(number)})\n"
+        "    print('still here', flush=True)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n    time.sleep(30)\n    print('and here')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert result.stdout == "still here\n" and result.returncode == -number
