@@ -6,11 +6,11 @@ from typing import Any
 
 from jaxdistill.errors import TeacherContractError, TeacherUnavailable
 from jaxdistill.records import Unscored
+from jaxdistill.servers import Transport
 from jaxdistill.teachers.checks import Asked, scoring_request
 from jaxdistill.teachers.config import ServedSettings
 from jaxdistill.teachers.identity import TeacherIdentity, canary_row, check_tokenizer, longest_row
 from jaxdistill.teachers.replies import read_reply
-from jaxdistill.teachers.transport import Transport
 from jaxdistill.text import Tokenizer
 
 logger = logging.getLogger(__name__)
