@@ -20,7 +20,7 @@ from typing import Any, Literal
 import orjson
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, JaxDistillError
 from jaxdistill.servers.config import RequestSettings
 from jaxdistill.servers.endpoints import Endpoints, Lease
 from jaxdistill.servers.hedging import Hedges
@@ -131,6 +131,22 @@ class Transport:
         `start_timeout_s`, or the peer's `unavailable`."""
         call = _Call("POST", path, body, largest_reply, endpoint)
         return self._wait(self._answer([call], "start_timeout_s"))[0]
+
+    def post_everywhere(self, path: str, body: Any) -> dict[str, Reply | JaxDistillError]:
+        """POST one body to every endpoint at once: the reply of each within `start_timeout_s`, or why there
+        is none."""
+
+        async def all_of_them() -> list[Any]:
+            calls = [_Call("POST", path, body, SMALL_REPLY, endpoint) for endpoint in self.endpoints]
+            asked = [self._answer([call], "start_timeout_s") for call in calls]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        found: dict[str, Reply | JaxDistillError] = {}
+        for endpoint, answer in zip(self.endpoints, self._wait(all_of_them()), strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, JaxDistillError):
+                raise answer
+            found[endpoint] = answer if isinstance(answer, JaxDistillError) else answer[0]
+        return found
 
     def get(self, path: str, *, endpoint: str | None = None) -> Reply:
         """GET one path, of the one `endpoint` if given; bounded as `post`."""

@@ -190,7 +190,7 @@ class SGLangTeacher:
         for reply, group in zip(replies, groups, strict=True):
             *results, last = _results(reply, len(group) + 1)
             read = [
-                read_written(result, row, size, reply.endpoint)
+                read_written(TEACHER, result, row, size, reply.endpoint)
                 for result, row in zip(results, group, strict=True)
             ]
             (scored,) = read_reply([last], [canary], OWN_ONLY, size)
