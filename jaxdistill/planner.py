@@ -290,9 +290,9 @@ class Shapes:
         )
 
     def sampling(self) -> SamplingMemory:
-        """The student's samples of a step that has the most of them."""
+        """The student's samples of a step that has the most of them; nothing where servers make them."""
         prompts = self.config.origin_schedule.most_students
-        if not prompts:
+        if not prompts or self.config.sampler.kind != "local":
             return SamplingMemory(0, 0, 0)
         return sampling_memory(self.decoder, self.config.rollout, self.mesh, prompts=prompts)
 
@@ -330,9 +330,13 @@ def table(memory: StepMemory, sampling: SamplingMemory, limit: float | None) -> 
         f"batch {size(memory.batch)}",
         f"temporary {size(memory.temporary)}: gradients {size(memory.gradients)}, head {size(memory.head)}, "
         f"activations and the rest {size(memory.activations)}",
-        f"a step takes {size(memory.total)}; sampling {size(memory.state + sum(sampling))}, of it weights "
-        f"once more {size(sampling.weights)}, keys and values {size(sampling.rows)}, temporary "
-        f"{size(sampling.temporary)}",
+        f"a step takes {size(memory.total)}; "
+        + (
+            f"sampling {size(memory.state + sum(sampling))}, of it weights once more {size(sampling.weights)}, "
+            f"keys and values {size(sampling.rows)}, temporary {size(sampling.temporary)}"
+            if any(sampling)
+            else "nothing is sampled here"
+        ),
         "the device does not say how much it has; --device-memory GiB does"
         if limit is None
         else f"the device has {size(limit)}",

@@ -59,7 +59,7 @@ def test_its_logprobs_are_those_of_the_trainer(lent: Server, tmp_path: Path, tem
     graphdef, variables = nnx.split(load_decoder(lent.folder, mesh=mesh), nnx.Param)
     key = jax.random.key(0)
     params = jax.tree.map(
-        lambda leaf: leaf + 0.1 * leaf.std() * jax.random.normal(key, leaf.shape), nnx.to_pure_dict(variables)
+        lambda leaf: leaf + 0.5 * leaf.std() * jax.random.normal(key, leaf.shape), nnx.to_pure_dict(variables)
     )
     prompts = read_prompts(ROOT / "assets/toy/heldout.jsonl")[:6]
     try:
@@ -70,18 +70,18 @@ def test_its_logprobs_are_those_of_the_trainer(lent: Server, tmp_path: Path, tem
         ours = StudentLogprobs(graphdef, mesh, [144], len(rows))(params, rows)
         for row, forward in zip(rows, ours, strict=True):
             np.testing.assert_allclose(row.own_logprobs, forward.logprobs, atol=ATOL)
-            if temperature == 0.7:  # sharper than the model: likely tokens more likely
-                assert row.logprobs.sum() > row.own_logprobs.sum() and row.model_logprobs is not None
+        if temperature == 0.7:  # no distribution gives its own samples a smaller mean than another does
+            assert sum(row.logprobs.sum() for row in rows) > sum(row.own_logprobs.sum() for row in rows)
         if temperature == 0.0:
             assert all(
                 np.array_equal(a.response.ids, b.response.ids)
                 for a, b in zip(rows[::3], rows[1::3], strict=True)
             )
-        before = [row.response.ids.tolist() for row in rows]
         sampler.push(nnx.to_pure_dict(variables), 2)
         after = sampler.sample(prompts, 1)
         assert {row.policy_version for row in after} == {2}
-        assert [row.response.ids.tolist() for row in after] != before
+        means = [np.concatenate([row.own_logprobs for row in some]).mean() for some in (rows, after)]
+        assert abs(means[0] - means[1]) > 100 * ATOL  # other weights, which are less sure
     finally:
         sampler.close()
 
@@ -99,12 +99,14 @@ def test_a_run_samples_on_it_and_pushes_every_step(lent: Server, tmp_path: Path,
         "sampler.dtype=float32",
         f"rollout.max_staleness={staleness}",
         "objective.importance=clip",
+        "objective.baseline=none",  # the samples of one prompt are often the same
+        "optimizer.learning_rate=1.0e-3",
     )
     for row in table[:5]:
         assert row["staleness"] <= staleness
         if not staleness:
             assert row["logprob_mismatch"] <= ATOL, row
-    assert max(row["gradient_norm"] for row in table[:5]) > 0
+    assert max(row["grad_norm"] for row in table[:5]) > 0
     _, info = lent.ask("/model_info")
     run, _, version = info["weight_version"].partition(".")
     assert version == "5" and len(run) == 8
