@@ -332,8 +332,8 @@ def table(memory: StepMemory, sampling: SamplingMemory, limit: float | None) -> 
         f"activations and the rest {size(memory.activations)}",
         f"a step takes {size(memory.total)}; "
         + (
-            f"sampling {size(memory.state + sum(sampling))}, of it weights once more {size(sampling.weights)}, "
-            f"keys and values {size(sampling.rows)}, temporary {size(sampling.temporary)}"
+            f"sampling {size(memory.state + sum(sampling))}, of it weights once more "
+            f"{size(sampling.weights)}, keys and values {size(sampling.rows)}, temporary {size(sampling.temporary)}"
             if any(sampling)
             else "nothing is sampled here"
         ),

@@ -4,6 +4,10 @@ The toy teacher is the student here, since it is what the server was started wit
 student.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -86,22 +90,24 @@ def test_its_logprobs_are_those_of_the_trainer(lent: Server, tmp_path: Path, tem
         sampler.close()
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_run_samples_on_it_and_pushes_every_step(lent: Server, tmp_path: Path, staleness: int) -> None:
-    weights = tmp_path / "weights"
-    table = train(
-        tmp_path / "run",
-        f"student.path={lent.folder}",
+def settings(server: Server, weights: Path) -> tuple[str, ...]:
+    return (
+        f"student.path={server.folder}",
         "teacher.model=assets/toy/student",
         "sampler.kind=sglang",
-        f"sampler.endpoint={lent.url}",
+        f"sampler.endpoint={server.url}",
         f"sampler.weights={weights}",
         "sampler.dtype=float32",
-        f"rollout.max_staleness={staleness}",
         "objective.importance=clip",
         "objective.baseline=none",  # the samples of one prompt are often the same
         "optimizer.learning_rate=1.0e-3",
     )
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_samples_on_it_and_pushes_every_step(lent: Server, tmp_path: Path, staleness: int) -> None:
+    weights = tmp_path / "weights"
+    table = train(tmp_path / "run", *settings(lent, weights), f"rollout.max_staleness={staleness}")
     for row in table[:5]:
         assert row["staleness"] <= staleness
         if not staleness:
@@ -111,3 +117,20 @@ def test_a_run_samples_on_it_and_pushes_every_step(lent: Server, tmp_path: Path,
     run, _, version = info["weight_version"].partition(".")
     assert version == "5" and len(run) == 8
     assert not any(weights.iterdir())
+
+
+def test_two_processes_push_the_weights_that_each_holds_a_part_of(lent: Server, tmp_path: Path) -> None:
+    """Each samples its own share of the prompts; the first one writes and tells the server."""
+    small = ("run.steps=3", "data.prompts_per_step=4", "rollout.samples_per_prompt=2", "eval.path=null")
+    command = ["bash", "launch/local.sh", "2", "--config", "configs/quickstart.yaml", *small]
+    command += [f"run.dir={tmp_path}/run", "run.tensorboard=false", *settings(lent, tmp_path / "weights")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    table = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["staleness"] for row in table[:3]] == [0, 0, 0]
+    assert max(row["logprob_mismatch"] for row in table[:3]) <= ATOL
+    assert max(row["grad_norm"] for row in table[:3]) > 0
+    assert lent.ask("/model_info")[1]["weight_version"].endswith(".3")
