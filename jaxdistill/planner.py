@@ -333,7 +333,8 @@ def table(memory: StepMemory, sampling: SamplingMemory, limit: float | None) -> 
         f"a step takes {size(memory.total)}; "
         + (
             f"sampling {size(memory.state + sum(sampling))}, of it weights once more "
-            f"{size(sampling.weights)}, keys and values {size(sampling.rows)}, temporary {size(sampling.temporary)}"
+            f"{size(sampling.weights)}, keys and values {size(sampling.rows)}, temporary "
+            f"{size(sampling.temporary)}"
             if any(sampling)
             else "nothing is sampled here"
         ),
