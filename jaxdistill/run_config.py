@@ -32,7 +32,8 @@ _METRIC_GROUPS = frozenset({"eval", "references", "seconds"})
 
 
 class RunSection(StrictConfig):
-    """Length, place and seed of the run. The same seed, data and models give the same run.
+    """Length (`steps`), place (`dir`) and `seed` of the run. The same seed, data and models give the same
+    run. `tensorboard`: metrics are written for it too.
 
     `compilation_cache` is a folder for compiled programs, which a later start on the same kind of device with
     the same versions reads in place of compiling; null for jax's own setting (JAX_COMPILATION_CACHE_DIR).
@@ -80,7 +81,8 @@ class StudentConfig(StrictConfig):
 
 
 class RunConfig(StrictConfig):
-    """One YAML file of `configs/`."""
+    """One YAML file of `configs/`. Who scores: one `teacher`, or several `teachers`; what is learned from it:
+    the `objective`."""
 
     run: RunSection
     data: DataConfig

@@ -3,13 +3,14 @@
 import fcntl
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jaxdistill.config import flat
 from jaxdistill.errors import ConfigError
 from jaxdistill.metrics import write_atomically
 
@@ -113,16 +114,3 @@ def config_difference(folder: Path, resolved: str, allowed: Collection[str] = ()
 def _both(folder: Path, resolved: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every setting of the run in `folder`, and of `resolved`, by its dotted name."""
     return flat(yaml.safe_load((folder / "config.yaml").read_text())), flat(yaml.safe_load(resolved))
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """{a: {b: 1}, c: [{d: 2}]} -> {"a.b": 1, "c.0.d": 2}."""
-    if isinstance(node, list) and any(isinstance(inner, Mapping) for inner in node):
-        node = dict(enumerate(node))
-    if not isinstance(node, Mapping):
-        return {prefix: node}
-    return {
-        key: value
-        for name, inner in node.items()
-        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }

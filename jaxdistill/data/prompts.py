@@ -15,7 +15,7 @@ from jaxdistill.records import Prompt
 
 
 class DataConfig(StrictConfig):
-    """What is trained on: `prompts_per_step` rows of `path` each step."""
+    """What is trained on: `prompts_per_step` rows of `path` each step, anew in each epoch where `shuffle`."""
 
     path: Path
     prompts_per_step: int = Field(default=32, ge=1)

@@ -18,6 +18,7 @@ AXES = ("data", "fsdp", "expert", "tensor")
 class MeshConfig(StrictConfig):
     """Sizes of the mesh axes; one of them may be -1, which takes all devices the others leave.
 
+    `data` splits a batch's rows alone; `fsdp` splits parameters too, `tensor` the parameters within a layer.
     `expert` is for students with experts: each of its devices holds some of them, and everything else is
     split over it as over `fsdp`."""
 
