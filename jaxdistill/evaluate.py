@@ -22,6 +22,7 @@ from jaxdistill.manifest import check_base
 from jaxdistill.metrics import write_atomically
 from jaxdistill.records import Prompt
 from jaxdistill.run_config import RunConfig
+from jaxdistill.run_folder import config_of
 from jaxdistill.samplers import LocalSampler
 from jaxdistill.students import trained_and_frozen
 from jaxdistill.teachers import ReplayConfig, Routes, Teachers, build_all
@@ -78,9 +79,8 @@ def evaluate(
     Nothing is written into the run folder. Raises `ConfigError` for no run, no checkpoint, no held-out
     prompts, and what loading and asking the teachers raise.
     """
-    file = run / "config.yaml" if run is not None else config_file
-    if file is None or (run is not None and not file.is_file()):
-        raise ConfigError(f"{run} is no run folder: it has no config.yaml")
+    file = config_file if run is None else config_of(run)
+    assert file is not None  # one of the two is given
     config = load(file, overrides, RunConfig)
     student = read_student(config)
     heldout, references = read_heldout(config, student.tokenizer)

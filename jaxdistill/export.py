@@ -19,6 +19,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.manifest import check_base
 from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings
 from jaxdistill.run_config import RunConfig
+from jaxdistill.run_folder import config_of
 from jaxdistill.students import (
     Decoder,
     StoredDtype,
@@ -86,11 +87,10 @@ def export(
     `student.path` has now, or if `out` is anything but an export, `CheckpointError` if the checkpoint cannot
     be read.
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is no run folder: it has no config.yaml")
+    resolved = config_of(run)
     if out.exists() and not (out / PROVENANCE).is_file():
         raise ConfigError(f"{out} exists and is no export (no {PROVENANCE}); choose another --out")
-    config = load(run / "config.yaml", [], RunConfig)
+    config = load(resolved, [], RunConfig)
     chat_template = _chat_template(config)
     lora, source = config.student.lora, Path(config.student.path)
     if adapters and lora is None:

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -52,9 +52,13 @@ def speaking(style: Format, *, silent: bool) -> Iterator[None]:
     handler = _Handler()
     handler.setFormatter(_Json() if style == "json" else _Text())
     handler.setLevel(logging.ERROR if silent else logging.INFO if style == "json" else logging.WARNING)
-    before, level = (_now.style, _now.quiet), ours.level
+    before, level = replace(_now), ours.level
     _now.style, _now.quiet = style, silent
     captured = style == "json" or silent
+    # A library that logs while it is imported gives the root a handler of its own: lines would come twice.
+    others = [one for one in root.handlers if type(one) is logging.StreamHandler]
+    for one in others:
+        root.removeHandler(one)
     root.addHandler(handler)
     ours.setLevel(logging.INFO)
     if captured:
@@ -65,8 +69,10 @@ def speaking(style: Format, *, silent: bool) -> Iterator[None]:
         if captured:
             logging.captureWarnings(False)
         root.removeHandler(handler)
+        for one in others:
+            root.addHandler(one)
         ours.setLevel(level)
-        _now.style, _now.quiet = before
+        _now.style, _now.quiet = before.style, before.quiet
 
 
 def say(level: int, message: str, **fields: Any) -> None:

@@ -112,6 +112,7 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"shapes.buckets={list(self.buckets)} cannot hold a prompt of rollout.max_prompt_tokens="
                 f"{self.rollout.max_prompt_tokens} with rollout.max_new_tokens={self.rollout.max_new_tokens}"
+                "; the last bucket must be at least their sum"
             )
         if self.origins.most("teacher"):
             if not self.all_teachers:

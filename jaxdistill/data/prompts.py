@@ -33,7 +33,7 @@ class PromptStream:
         if len(prompts) < config.prompts_per_step:
             raise ConfigError(
                 f"data.prompts_per_step={config.prompts_per_step}, but {config.path} has only "
-                f"{len(prompts)} rows"
+                f"{len(prompts)} rows; lower it, or give more"
             )
         self.rows = len(prompts)
         self.fingerprint = fingerprint(prompts)
