@@ -33,7 +33,7 @@ def parser() -> CommandParser:
     parser = CommandParser(
         "completion",
         "Print a script by which a shell completes words, options, paths and settings. For the shell that is "
-        "open: `source <(jaxdistill completion bash)`, the same with zsh, and for fish "
+        'open: `source <(jaxdistill completion bash)`, `eval "$(jaxdistill completion zsh)"`, '
         "`jaxdistill completion fish | source`; docs/commands.md says where to put it for good.",
     )
     parser.add_argument("shell", choices=list(_AFTER), help="the shell to print it for")

@@ -209,6 +209,30 @@ def test_no_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_color: boo
     assert bool([code for code in colours if re.search(r"\b[34]\d\b|38;", code)]) == (not no_color)
 
 
+# --- the page about them
+
+PAGE = (ROOT / "docs/commands.md").read_text()
+
+
+def test_the_page_has_every_word_and_no_option_that_there_is_not() -> None:
+    assert re.findall(r"^\| `([a-z]+)` \|", PAGE, flags=re.MULTILINE) == list(WORDS)
+    there = {option for word in WORDS for option in module_of(word).parser()._option_string_actions}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) <= there
+
+
+def test_what_the_page_shows_of_explain_is_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (shown,) = re.findall(
+        r"^\$ jaxdistill (train .* --explain .*)\n((?:.+\n)+?)```", PAGE, flags=re.MULTILINE
+    )
+    assert main(shown[0].split()) == 0
+    # Where it is defined moves whenever a line is added above.
+    said, expected = (re.sub(r"\.py:\d+", ".py", text) for text in (capsys.readouterr().out, shown[1]))
+    assert said == expected
+
+
 # --- completion
 
 
