@@ -209,7 +209,10 @@ def restore_params(run: Path, step: int | None, template: Any) -> tuple[int, Any
     folder = run / "checkpoints"
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     if not steps:
-        raise ConfigError(f"no checkpoint in {folder}; the run has not saved one yet")
+        raise ConfigError(
+            f"no checkpoint in {folder}: the run has not saved one yet; wait for step checkpoint.every, or "
+            "for its end"
+        )
     chosen = steps[-1] if step is None else step
     if chosen not in steps:
         raise ConfigError(f"no checkpoint of step {chosen} in {folder}; there are: {steps}")

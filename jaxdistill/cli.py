@@ -1,29 +1,119 @@
-"""What every command line shares: errors become one message and an exit code."""
+"""What every command line shares: the words, how arguments are read, and how it all ends."""
 
+import argparse
+import difflib
+import importlib
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NoReturn, get_args
 
+from jaxdistill import logs
 from jaxdistill.errors import JaxDistillError
 from jaxdistill.stopping import Stopped
 
 INTERRUPTED = 130
+BUG = 1
+
+# In the order of a first run: what is done, and what is given.
+WORDS: Mapping[str, tuple[str, str]] = {
+    "train": ("distil a student, from the start or from where it ended", "--config FILE [a.b=c ...]"),
+    "doctor": ("check a run before it starts, its teachers too", "--config FILE [a.b=c ...]"),
+    "align": ("how two tokenizers cut the same text", "--student DIR --teacher DIR"),
+    "evaluate": (
+        "held-out figures of a checkpoint or a model folder",
+        "--run DIR | --config FILE [a.b=c ...]",
+    ),
+    "export": ("write a run's student as a Hugging Face folder", "--run DIR --out DIR"),
+    "serve": ("serve a model folder over HTTP as a teacher", "--model DIR --port N"),
+    "report": ("write report.html of a run folder", "--run DIR"),
+    "compare": ("put runs side by side: settings, figures, curves", "RUN RUN ... [--html FILE]"),
+    "completion": ("print what a shell needs to complete these words", "bash | zsh | fish"),
+    "schema": ("print the JSON schema of a run's YAML file", ""),
+}
+_ROOMS = ("align", "report")  # packages with a command beside what others import of them
 
 
-def exit_code_of(body: Callable[[], object], *, after_stop: str = "") -> int:
-    """Run `body`; a deliberate error goes to stderr as one message and gives its exit code.
+def module_of(word: str) -> ModuleType:
+    """The module behind a word: its `parser()` and its `main(argv)`. Loaded here and not before, so that a
+    mistyped word is told at once."""
+    return importlib.import_module(f"jaxdistill.{word}.__main__" if word in _ROOMS else f"jaxdistill.{word}")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The arguments of one word, with the two that all words have: how it speaks.
+
+    A wrong argument is one line with the nearest right one, and exit code 2."""
+
+    def __init__(self, word: str, description: str) -> None:
+        super().__init__(
+            prog=f"jaxdistill {word}", description=description, formatter_class=_Help, allow_abbrev=False
+        )
+        speech = self.add_argument_group("what is said on the way (on stderr; results are on stdout)")
+        speech.add_argument("--quiet", action="store_true", help="nothing but errors")
+        speech.add_argument(
+            "--log-format",
+            choices=get_args(logs.Format),
+            default="text",
+            help="json: one object a line, each step's metrics among them",
+        )
+        self._given: Sequence[str] = ()
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The arguments in `argv` (None: those of this process); positional ones may stand anywhere."""
+        self._given = sys.argv[1:] if argv is None else argv
+        return self.parse_intermixed_args(self._given)
+
+    def error(self, message: str) -> NoReturn:
+        """End with `message` in one line on stderr, and exit code 2."""
+        known = list(self._option_string_actions)
+        options = [one.partition("=")[0] for one in self._given if one.startswith("--") and one != "--"]
+        unknown = next((option for option in options if option not in known), None)
+        if unknown is not None:
+            close = difflib.get_close_matches(unknown, known, n=1)
+            message = f"there is no {unknown}" + (f", did you mean {close[0]}?" if close else "")
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` says what there is\n")
+
+
+class _Help(argparse.HelpFormatter):
+    """Says defaults that mean something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        silent = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        return said if silent or "default" in said else f"{said} (default: %(default)s)"
+
+
+def overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the settings that replace the file's, as `arguments.overrides`."""
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
+
+
+def exit_code_of(body: Callable[[], object], arguments: Any = None, *, after_stop: str = "") -> int:
+    """Run `body`, which speaks as `arguments` (of a `CommandParser`) say; a deliberate error becomes one
+    message on stderr and its exit code.
 
     0 done, 2 bad config or data, 75 try again later (of a run that was `Stopped` the message ends with
-    `after_stop`), 130 interrupted, 1 otherwise. Any other exception is a bug of ours and keeps its traceback.
+    `after_stop`), 130 interrupted, 1 otherwise. Any other exception is a bug of ours and keeps its traceback,
+    which is a field of the last line where lines are JSON.
     """
-    try:
-        body()
-    except JaxDistillError as error:
-        print(f"jaxdistill: {error}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stopped:
-        print(f"jaxdistill: {stopped}{after_stop}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("jaxdistill: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    style: logs.Format = "text" if arguments is None else arguments.log_format
+    with logs.speaking(style, silent=arguments is not None and arguments.quiet):
+        try:
+            body()
+        except JaxDistillError as error:
+            logs.say_error(error, error.exit_code)
+            return error.exit_code
+        except Stopped as stopped:
+            logs.say_error(stopped, stopped.exit_code, f"{stopped}{after_stop}")
+            return stopped.exit_code
+        except KeyboardInterrupt as error:
+            logs.say_error(error, INTERRUPTED, "interrupted")
+            return INTERRUPTED
+        except Exception as error:
+            if not logs.as_json():
+                raise
+            logging.getLogger(__name__).critical("%s: %s", type(error).__name__, error, exc_info=error)
+            return BUG
     return 0

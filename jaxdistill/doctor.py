@@ -3,7 +3,6 @@
 Nothing is written and nothing is trained; every teacher is asked, an embedded one is started for it.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from jaxdistill.align import align
 from jaxdistill.align.compare import compare, table
 from jaxdistill.align.side import Side
 from jaxdistill.align.texts import built_in
-from jaxdistill.cli import exit_code_of
+from jaxdistill.cli import CommandParser, exit_code_of, overrides
 from jaxdistill.config import load
 from jaxdistill.data import read_prompts
 from jaxdistill.errors import JaxDistillError
@@ -37,14 +36,19 @@ from jaxdistill.text import Tokenizer, concatenate
 QUESTION = Prompt([{"role": "user", "content": "Write something."}], 0, "doctor")
 
 
+def parser() -> CommandParser:
+    """What the command takes."""
+    parser = CommandParser("doctor", "Check a run before it starts: its files, its data, its teachers.")
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the run's YAML file")
+    overrides(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Say what was found; the exit code is 0 where a run can start, else that of the first thing in its way
     (2: config or data, 75: a teacher that does not answer, 1: one that must not be believed)."""
-    parser = argparse.ArgumentParser(prog="jaxdistill doctor", description="Check a run before it starts.")
-    parser.add_argument("--config", required=True, type=Path, help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
-    options = parser.parse_args(argv)
-    return exit_code_of(lambda: examine(load(options.config, options.overrides, RunConfig)))
+    options = parser().read(argv)
+    return exit_code_of(lambda: examine(load(options.config, options.overrides, RunConfig)), options)
 
 
 def examine(config: RunConfig) -> None:

@@ -1,7 +1,6 @@
 """`python -m jaxdistill.evaluate --run DIR [--step N]` or `--config FILE [--model DIR]`: the held-out figures
 of a checkpoint, or of a model folder."""
 
-import argparse
 import json
 import math
 import sys
@@ -15,7 +14,7 @@ from flax import nnx
 
 from jaxdistill.assemble import build_evaluator
 from jaxdistill.checkpoint import restore_params
-from jaxdistill.cli import exit_code_of
+from jaxdistill.cli import CommandParser, exit_code_of, overrides
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.inputs import read_heldout, read_student
@@ -23,39 +22,50 @@ from jaxdistill.manifest import check_base
 from jaxdistill.metrics import write_atomically
 from jaxdistill.records import Prompt
 from jaxdistill.run_config import RunConfig
+from jaxdistill.run_folder import config_of
 from jaxdistill.samplers import LocalSampler
 from jaxdistill.students import trained_and_frozen
 from jaxdistill.teachers import ReplayConfig, Routes, Teachers, build_all
 
 
+def parser() -> CommandParser:
+    """What the command takes."""
+    parser = CommandParser("evaluate", "Evaluate a student on the held-out prompts of its config.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--run", type=Path, metavar="DIR", help="a run folder: its config, and one of its checkpoints"
+    )
+    what.add_argument("--config", type=Path, metavar="FILE", help="a YAML file, see configs/")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint of --run (default: the newest)"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="a model folder in place of the student of --config"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    overrides(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, evaluate, print; the exit code (see `cli.exit_code_of`)."""
-    parser = argparse.ArgumentParser(
-        prog="jaxdistill evaluate", description="Evaluate a student on the held-out prompts of its config."
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="a run folder: its config, and one of its checkpoints")
-    what.add_argument("--config", type=Path, help="a YAML file, see configs/")
-    parser.add_argument("--step", type=int, help="which checkpoint of --run (default: the newest)")
-    parser.add_argument("--model", type=Path, help="a model folder in place of the student of --config")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
-    arguments = parser.parse_intermixed_args(argv)
+    options = parser()
+    arguments = options.read(argv)
     if arguments.step is not None and arguments.run is None:
-        parser.error("--step names a checkpoint of --run")
+        options.error("--step names a checkpoint of --run")
     if arguments.model is not None and arguments.config is None:
-        parser.error("--model goes with --config; --run has its own checkpoints")
+        options.error("--model goes with --config; --run has its own checkpoints")
 
     def body() -> None:
-        overrides = list(arguments.overrides)
+        given = list(arguments.overrides)
         if arguments.model is not None:
-            overrides.append(f"student.path={json.dumps(str(arguments.model))}")
-        result = evaluate(arguments.run, arguments.step, arguments.config, overrides)
+            given.append(f"student.path={json.dumps(str(arguments.model))}")
+        result = evaluate(arguments.run, arguments.step, arguments.config, given)
         print(table(result))
         if arguments.json is not None:
             write(arguments.json, result)
 
-    return exit_code_of(body)
+    return exit_code_of(body, arguments)
 
 
 def evaluate(
@@ -69,9 +79,8 @@ def evaluate(
     Nothing is written into the run folder. Raises `ConfigError` for no run, no checkpoint, no held-out
     prompts, and what loading and asking the teachers raise.
     """
-    file = run / "config.yaml" if run is not None else config_file
-    if file is None or (run is not None and not file.is_file()):
-        raise ConfigError(f"{run} is no run folder: it has no config.yaml")
+    file = config_file if run is None else config_of(run)
+    assert file is not None  # one of the two is given
     config = load(file, overrides, RunConfig)
     student = read_student(config)
     heldout, references = read_heldout(config, student.tokenizer)

@@ -1,7 +1,6 @@
 """`python -m jaxdistill.export --run DIR [--step N] [--dtype bfloat16 | --adapters] --out DIR`: a checkpoint
 as a Hugging Face folder, or its adapters alone as one of PEFT."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,12 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdistill.checkpoint import restore_params
-from jaxdistill.cli import exit_code_of
+from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.manifest import check_base
 from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings
 from jaxdistill.run_config import RunConfig
+from jaxdistill.run_folder import config_of
 from jaxdistill.students import (
     Decoder,
     StoredDtype,
@@ -35,26 +35,32 @@ from jaxdistill.students import (
 PROVENANCE = "jaxdistill.json"  # in every export: which run and step it is, and that it may be replaced
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, export; the exit code (see `cli.exit_code_of`)."""
-    parser = argparse.ArgumentParser(prog="jaxdistill export", description="Export a run's student.")
-    parser.add_argument("--run", type=Path, required=True, help="the run folder")
-    parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+def parser() -> CommandParser:
+    """What the command takes."""
+    parser = CommandParser("export", "Write a run's student as a Hugging Face folder.")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--dtype",
         choices=get_args(StoredDtype),
         default="float32",
-        help="of the weights (default: %(default)s)",
+        help="of the weights",
     )
     parser.add_argument(
         "--adapters",
         action="store_true",
         help="only the adapters of a student.lora run, in PEFT's format and float32, not merged",
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, export; the exit code (see `cli.exit_code_of`)."""
+    options = parser()
+    arguments = options.read(argv)
     if arguments.adapters and arguments.dtype != "float32":
-        parser.error("--dtype is of whole models; --adapters writes what was trained, in float32")
+        options.error("--dtype is of whole models; --adapters writes what was trained, in float32")
 
     def body() -> None:
         step = export(
@@ -66,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(f"step {step} of {arguments.run} -> {arguments.out}")
 
-    return exit_code_of(body)
+    return exit_code_of(body, arguments)
 
 
 def export(
@@ -81,11 +87,10 @@ def export(
     `student.path` has now, or if `out` is anything but an export, `CheckpointError` if the checkpoint cannot
     be read.
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is no run folder: it has no config.yaml")
+    resolved = config_of(run)
     if out.exists() and not (out / PROVENANCE).is_file():
         raise ConfigError(f"{out} exists and is no export (no {PROVENANCE}); choose another --out")
-    config = load(run / "config.yaml", [], RunConfig)
+    config = load(resolved, [], RunConfig)
     chat_template = _chat_template(config)
     lora, source = config.student.lora, Path(config.student.path)
     if adapters and lora is None:

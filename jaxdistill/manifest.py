@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from jaxdistill.config import flat
 from jaxdistill.errors import ConfigError, TeacherContractError
 from jaxdistill.inputs import Inputs
 from jaxdistill.metrics import write_atomically
 from jaxdistill.run_config import RunConfig
-from jaxdistill.run_folder import flat, has_begun
+from jaxdistill.run_folder import has_begun
 from jaxdistill.students.tensor_files import fingerprint
 from jaxdistill.teachers import ServedSettings, TeacherIdentity, Teachers
 

@@ -13,8 +13,11 @@ from jaxdistill.moments import MomentDtype, scale_by_adam
 
 
 class OptimizerConfig(StrictConfig):
-    """`final_fraction` is the share of the peak rate left at the last step of a cosine. An update's rows are
-    read in `gradient_accumulation_steps` parts, one after the other: the same update in less memory.
+    """`learning_rate` is the highest, reached after `warmup_steps` of a linear rise; then the `schedule` is a
+    cosine to the run's last step, or constant. `final_fraction` is the share of the peak rate left at the
+    last step of a cosine. `b1`, `b2`, `eps` and `weight_decay` are AdamW's. `clip_norm` is the largest global
+    L2 norm of a gradient; longer ones are scaled down to it. An update's rows are read in
+    `gradient_accumulation_steps` parts, one after the other: the same update in less memory.
     `moment_dtype` is what Adam's two moments are kept in between steps (`jaxdistill.moments`): 8 bytes a
     parameter in float32, 4 in bfloat16, 2 in int8. An update whose loss or gradient is not finite is skipped;
     more than `max_skipped` of them in a row end the run."""

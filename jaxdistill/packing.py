@@ -26,7 +26,7 @@ _DTYPES = {"mask": bool, "floored": bool, "ids": np.int32, "student_ids": np.int
 
 
 class ShapesConfig(StrictConfig):
-    """The padded lengths a batch may have, ascending; each is compiled once. Empty: the one length
+    """`buckets`: the padded lengths a batch may have, ascending; each is compiled once. Empty: the one length
     that holds the longest allowed prompt and response."""
 
     buckets: tuple[int, ...] = Field(default=())

@@ -19,7 +19,7 @@ _EPSILON = 1e-6  # beside a standard deviation, which is 0 or at least that of o
 
 
 class RewardConfig(StrictConfig):
-    """Reward responses by a scorer (see docs/rewards.md). How much a reward weighs is
+    """Reward responses by a `scorer` (see docs/rewards.md). How much a reward weighs is
     `objective.reward_coefficient`.
 
     `normalize: group` compares a response with the other samples of its prompt; `none` takes the score as

@@ -39,7 +39,8 @@ _METRIC_GROUPS = frozenset({"eval", "references", "seconds"})
 
 
 class RunSection(StrictConfig):
-    """Length, place and seed of the run. The same seed, data and models give the same run.
+    """Length (`steps`), place (`dir`) and `seed` of the run. The same seed, data and models give the same
+    run. `tensorboard`: metrics are written for it too.
 
     `compilation_cache` is a folder for compiled programs, which a later start on the same kind of device with
     the same versions reads in place of compiling; null for jax's own setting (JAX_COMPILATION_CACHE_DIR).
@@ -87,7 +88,8 @@ class StudentConfig(StrictConfig):
 
 
 class RunConfig(StrictConfig):
-    """One YAML file of `configs/`."""
+    """One YAML file of `configs/`. Who scores: one `teacher`, or several `teachers`; what is learned from it:
+    the `objective`."""
 
     run: RunSection
     data: DataConfig
@@ -119,6 +121,7 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"shapes.buckets={list(self.buckets)} cannot hold a prompt of rollout.max_prompt_tokens="
                 f"{self.rollout.max_prompt_tokens} with rollout.max_new_tokens={self.rollout.max_new_tokens}"
+                "; the last bucket must be at least their sum"
             )
         if self.origins.most("teacher"):
             if not self.all_teachers:

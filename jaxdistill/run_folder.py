@@ -2,14 +2,16 @@
 
 import fcntl
 import logging
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jaxdistill.config import flat
 from jaxdistill.errors import ConfigError
 from jaxdistill.metrics import write_atomically
 
@@ -35,14 +37,11 @@ def open_run_folder(folder: Path, resolved: str, steps: int, allowed: Collection
     changed.
     """
     try:
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-            raise ConfigError(
-                f"run.dir={folder} is not empty and holds no run (no config.yaml); choose another folder"
-            )
+        _check_place(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("a") as lock:
-            _take(lock, folder)
-            check_run_folder(folder, resolved, steps, allowed)
+            _take(lock, folder, fcntl.LOCK_EX)
+            _check_run(folder, resolved, steps, allowed)
             write_atomically(folder / "config.yaml", resolved.encode())
             yield folder
     except OSError as error:
@@ -53,13 +52,21 @@ def open_run_folder(folder: Path, resolved: str, steps: int, allowed: Collection
         ) from error
 
 
-def _take(lock: Any, folder: Path) -> None:
+def _take(lock: Any, folder: Path, kind: int) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError(
             f"run.dir={folder} is being written by another process; wait for it, or use another run.dir"
         ) from error
+
+
+def config_of(folder: Path) -> Path:
+    """The config.yaml of the run in `folder`. Raises `ConfigError` where there is none."""
+    if not (folder / "config.yaml").is_file():
+        what = "has no config.yaml" if folder.is_dir() else "is not there"
+        raise ConfigError(f"{folder} is no run folder: it {what}; name the run.dir of a run")
+    return folder / "config.yaml"
 
 
 def has_begun(folder: Path) -> bool:
@@ -73,8 +80,31 @@ def _saved(folder: Path) -> list[int]:
 
 
 def check_run_folder(folder: Path, resolved: str, steps: int, allowed: Collection[str] = ()) -> None:
-    """Raise `ConfigError` where a run that has begun in `folder` cannot go on as this one, as
-    `open_run_folder` does; nothing is taken or written."""
+    """Raise `ConfigError` where `open_run_folder` would, before anything is loaded or started for the run;
+    nothing is kept or written."""
+    _check_place(folder)
+    if (folder / ".lock").is_file():
+        with (folder / ".lock").open() as lock:  # shared: several processes of a run may ask at once
+            _take(lock, folder, fcntl.LOCK_SH)
+    _check_run(folder, resolved, steps, allowed)
+
+
+def _check_place(folder: Path) -> None:
+    """Whether a run can be there at all."""
+    there = next(
+        place for place in (folder, *folder.absolute().parents) if os.path.exists(place)
+    )  # unlike its method this never raises
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "no permission to write there" if there.is_dir() else "no folder"
+        raise ConfigError(f"run.dir={folder} cannot be written ({there}: {why}); choose another folder")
+    if there == folder and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"run.dir={folder} is not empty and holds no run (no config.yaml); choose another folder"
+        )
+
+
+def _check_run(folder: Path, resolved: str, steps: int, allowed: Collection[str]) -> None:
+    """Whether a run that has begun there can go on as this one."""
     if not has_begun(folder):
         return  # whatever config stands there binds nobody
     saved = _saved(folder)
@@ -112,17 +142,9 @@ def config_difference(folder: Path, resolved: str, allowed: Collection[str] = ()
 
 def _both(folder: Path, resolved: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every setting of the run in `folder`, and of `resolved`, by its dotted name."""
-    return flat(yaml.safe_load((folder / "config.yaml").read_text())), flat(yaml.safe_load(resolved))
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """{a: {b: 1}, c: [{d: 2}]} -> {"a.b": 1, "c.0.d": 2}."""
-    if isinstance(node, list) and any(isinstance(inner, Mapping) for inner in node):
-        node = dict(enumerate(node))
-    if not isinstance(node, Mapping):
-        return {prefix: node}
-    return {
-        key: value
-        for name, inner in node.items()
-        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    path = folder / "config.yaml"
+    try:
+        return flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(resolved))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read ({said}); restore it, or use another run.dir") from error

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.cli import exit_code_of
+from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.errors import ConfigError
 
 PARENT_POLL_S = 1.0
@@ -25,7 +25,7 @@ GRACE_S = 3.0  # after a signal, for the request that runs
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code (2: bad arguments, folder or port)."""
-    options = _parser().parse_args(argv)
+    options = parser().read(argv)
     if options.exit_with_parent:
         threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
 
@@ -37,31 +37,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _bind(options.host, options.port) as listener:
             asyncio.run(_serve(_make_app(folder, options, api_key, roles), listener))
 
-    return exit_code_of(body)
+    return exit_code_of(body, options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxdistill serve", description="Serve a model folder over HTTP.")
-    parser.add_argument("--model", required=True, type=Path, help="model folder in Hugging Face format")
-    parser.add_argument("--port", required=True, type=int, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+def parser() -> CommandParser:
+    """What the command takes."""
+    parser = CommandParser(
+        "serve", "Serve a model folder over HTTP, in the subset of SGLang's interface that a run uses."
+    )
+    parser.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="model folder in Hugging Face format"
+    )
+    parser.add_argument(
+        "--port", required=True, type=int, metavar="N", help="port to listen on; 0 takes a free one"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; the default is reached from this machine alone",
+    )
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     parser.add_argument(
-        "--max-batch-tokens", type=positive_number, default=8192, help="padded tokens of one device batch"
+        "--max-batch-tokens",
+        type=positive_number,
+        metavar="N",
+        default=8192,
+        help="padded tokens of one device batch",
     )
     parser.add_argument(
         "--max-queued-requests",
         type=positive_number,
+        metavar="N",
         default=64,
         help="requests that may wait; more are answered 503 with Retry-After",
     )
     parser.add_argument(
         "--context-length",
         type=positive_number,
+        metavar="N",
         help="longest input and output together (default: the model's)",
     )
     parser.add_argument(
-        "--role", action="append", default=[], metavar="NAME=TOKEN", help="which token plays a role"
+        "--role",
+        action="append",
+        default=[],
+        metavar="NAME=TOKEN",
+        help="which token plays a role; may be given again",
     )
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="end when stdin is closed or the parent is gone"

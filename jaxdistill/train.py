@@ -1,22 +1,31 @@
-"""`python -m jaxdistill.train --config FILE [a.b=c ...] [--dry-run [--device-memory GiB]]`: one run, from
-start or resumed."""
+"""`python -m jaxdistill.train --config FILE [a.b=c ...] [--dry-run [--device-memory GiB] | --explain a.b.c]`:
+one run, from start or resumed."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from jaxdistill.cli import exit_code_of
+from jaxdistill import logs
+from jaxdistill.cli import CommandParser, exit_code_of, overrides
 from jaxdistill.stopping import Stop
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, assemble, run; the exit code (see `cli.exit_code_of`)."""
-    parser = argparse.ArgumentParser(prog="jaxdistill train", description="Distil a teacher into a student.")
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
+def parser() -> CommandParser:
+    """What the command takes."""
+    parser = CommandParser(
+        "train", "Distil a teacher into a student: one run, from its start or from its last checkpoint."
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="a YAML file, see configs/"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, run nothing"
+    )
+    parser.add_argument(
+        "--explain",
+        metavar="a.b.c",
+        help="of a setting or a section: what it means, its value, its default, who set it; run nothing",
     )
     parser.add_argument(
         "--device-memory",
@@ -37,16 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--processes", type=int, metavar="N", help="how many there are; 1: alone, whatever JAX finds"
     )
     hosts.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
-    arguments = parser.parse_intermixed_args(argv)
-    path, overrides, memory = arguments.config, arguments.overrides, arguments.device_memory
+    overrides(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, assemble, run; the exit code (see `cli.exit_code_of`)."""
+    options = parser()
+    arguments = options.read(argv)
+    path, given, memory = arguments.config, arguments.overrides, arguments.device_memory
+    if arguments.explain is not None:
+        return exit_code_of(lambda: show_setting(path, given, arguments.explain), arguments)
     if arguments.dry_run:
-        return exit_code_of(lambda: show_plan(path, overrides, memory and memory * 2**30))
+        return exit_code_of(lambda: show_plan(path, given, memory and memory * 2**30), arguments)
     if memory is not None:
-        parser.error("--device-memory goes with --dry-run; a run takes the devices that are there")
+        options.error("--device-memory goes with --dry-run; a run takes the devices that are there")
     place = (arguments.coordinator, arguments.processes, arguments.process)
     return exit_code_of(
-        lambda: run(path, overrides, arguments.allow_changed, place),
+        lambda: run(path, given, arguments.allow_changed, place),
+        arguments,
         after_stop="; run the same command again to go on from the last checkpoint",
     )
 
@@ -59,6 +77,14 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(text)  # argparse says it with the option's name
     return value
+
+
+def show_setting(path: Path, overrides: Sequence[str], key: str) -> None:
+    """Print what `--explain` says of a setting or section of the config at `path`."""
+    from jaxdistill.config import describe  # as in `show_plan`
+    from jaxdistill.run_config import RunConfig
+
+    print(describe(path, overrides, RunConfig, key))
 
 
 def show_plan(path: Path, overrides: Sequence[str], device_memory: float | None) -> None:
@@ -104,7 +130,9 @@ def run(
             finally:
                 assembled.metrics.close()
                 if processes.leads() and (config.run.dir / "metrics.jsonl").is_file():
-                    print(f"report: {write_report(config.run.dir)}")
+                    page = write_report(config.run.dir)
+                    if not logs.quiet():
+                        print(f"report: {page}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from jaxdistill.align.page import render_page
 from jaxdistill.align.side import Side
 from jaxdistill.align.texts import RunTexts, Texts, built_in, from_file, from_run
 from jaxdistill.align.view import printable
-from jaxdistill.cli import exit_code_of
+from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.errors import ConfigError
 
 NOTE = (
@@ -23,19 +23,19 @@ RUN_NOTE = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxdistill.align",
-        description="Show how a student's and a teacher's tokenizer cut the same text.",
-    )
+def parser() -> CommandParser:
+    """What the command takes."""
+    parser = CommandParser("align", "Show how a student's and a teacher's tokenizer cut the same text.")
     parser.add_argument("--student", metavar="DIR", help="folder or hub id of the student's tokenizer")
     parser.add_argument("--teacher", metavar="DIR", help="folder or hub id of the teacher's tokenizer")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE|-", help="a response to align instead of the built-in texts")
+    source.add_argument(
+        "--text", metavar="FILE", help="a response to align instead of the built-in texts; -: stdin"
+    )
     source.add_argument(
         "--run", type=Path, metavar="DIR", help="align the samples of a run folder, with the run's tokenizers"
     )
-    parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with every chunk shown")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every chunk shown")
     return parser
 
 
@@ -89,8 +89,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, writes the page where asked, and returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    return exit_code_of(lambda: _run(arguments))
+    arguments = parser().read(argv)
+    return exit_code_of(lambda: _run(arguments), arguments)
 
 
 if __name__ == "__main__":

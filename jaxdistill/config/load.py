@@ -27,20 +27,26 @@ def load[ModelT: BaseModel](path: Path, overrides: Sequence[str], model: type[Mo
     for a missing or unreadable file, broken YAML, a repeated or unknown key (with the nearest known
     one), a malformed override, a wrong type, or a reference to nothing.
     """
-    source = str(path)
-    parsed = [parse_override(text) for text in overrides]
-    document = parse(_read(path), source)
-    if not isinstance(document.value, dict | None):
-        raise ConfigError(f"{source}: holds {show(document.value)}, expected a mapping of keys to values")
-    origins = Origins(source, document.lines, parsed)
-    data = _resolve(apply(document, parsed, source), source)
+    data, origins = read(path, overrides)
     try:
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, data, model, origins)) from None
 
 
-def _read(path: Path) -> str:
+def read(path: Path, overrides: Sequence[str]) -> tuple[Any, Origins]:
+    """The data that `load` checks, references resolved, and where each of its keys came from. Raises
+    `ConfigError` as `load` does for what is wrong before any model is known."""
+    source = str(path)
+    parsed = [parse_override(text) for text in overrides]
+    document = parse(_text(path), source)
+    if not isinstance(document.value, dict | None):
+        raise ConfigError(f"{source}: holds {show(document.value)}, expected a mapping of keys to values")
+    origins = Origins(source, document.lines, parsed)
+    return _resolve(apply(document, parsed, source), source), origins
+
+
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

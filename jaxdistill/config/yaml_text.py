@@ -5,6 +5,7 @@ a configuration must not be read that way, and what `dump` writes must come back
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -102,6 +103,19 @@ def show(value: Any, limit: int = 80) -> str:
 def dotted(path: KeyPath) -> str:
     """A key path as it is written in an override: `teacher.endpoint.0`."""
     return ".".join(str(part) for part in path)
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """{a: {b: 1}, c: [{d: 2}]} -> {"a.b": 1, "c.0.d": 2}."""
+    if isinstance(node, list) and any(isinstance(inner, Mapping) for inner in node):
+        node = dict(enumerate(node))
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {
+        key: value
+        for name, inner in node.items()
+        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def _construct(node: yaml.Node) -> Any:

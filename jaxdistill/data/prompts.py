@@ -15,7 +15,7 @@ from jaxdistill.records import Prompt
 
 
 class DataConfig(StrictConfig):
-    """What is trained on: `prompts_per_step` rows of `path` each step."""
+    """What is trained on: `prompts_per_step` rows of `path` each step, anew in each epoch where `shuffle`."""
 
     path: Path
     prompts_per_step: int = Field(default=32, ge=1)
@@ -33,7 +33,7 @@ class PromptStream:
         if len(prompts) < config.prompts_per_step:
             raise ConfigError(
                 f"data.prompts_per_step={config.prompts_per_step}, but {config.path} has only "
-                f"{len(prompts)} rows"
+                f"{len(prompts)} rows; lower it, or give more"
             )
         self.rows = len(prompts)
         self.fingerprint = fingerprint(prompts)

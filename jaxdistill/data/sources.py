@@ -31,7 +31,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         for index, (where, row) in enumerate(readers[path.suffix](path))
     ]
     if not prompts:
-        raise DataError(f"{path} has no rows")
+        raise DataError(f"{path} has no rows; {_ROW}")
     return prompts
 
 
@@ -41,7 +41,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield f"{path} line {number}", json.loads(line)
+                yield f"{path} line {number}", json.loads(line.rstrip())
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{path} line {number} is not JSON ({error}); {_ROW}") from error
 

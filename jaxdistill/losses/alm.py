@@ -37,7 +37,8 @@ from jaxdistill.losses.buckets import generalised_jsd, log1mexp
 
 
 class ALMConfig(ObjectiveSettings):
-    """Settings of `objective.kind: alm`; `beta`: 0 is forward KL, 1 reverse KL, between them JSD."""
+    """Settings of `objective.kind: alm`; `beta`: 0 is forward KL, 1 reverse KL, between them JSD.
+    `temperature` divides a chunk's log-probabilities before they are compared."""
 
     kind: Literal["alm"] = "alm"
     temperature: float = Field(default=100.0, gt=0)

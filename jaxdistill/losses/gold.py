@@ -31,8 +31,8 @@ from jaxdistill.losses.shared_states import SharedStateObjective, SharedStateSet
 
 
 class GOLDConfig(SharedStateSettings):
-    """Settings of `objective.kind: gold`; `beta` and `temperature` as in `gkd`, the weights of the two
-    parts."""
+    """Settings of `objective.kind: gold`; `beta` and `temperature` as in `gkd`; `matched_weight` is
+    that of the tokens both sides have, `unmatched_weight` that of the sorted rest."""
 
     kind: Literal["gold"] = "gold"
     beta: float = Field(default=0.5, ge=0, le=1)

@@ -53,7 +53,9 @@ class PolicyGradientSettings(ObjectiveSettings):
 
     `clip` bounds a difference of log-probabilities in nats; `baseline` (see `baseline_values`) is subtracted
     first; `normalize` divides the advantages by their root mean square over the batch (and `NORM_FLOOR`);
-    `reward_coefficient` scales the task reward.
+    `coefficient` scales what is left, and `reward_coefficient` the task reward that is added then.
+    `temperature_mismatch` says whether samples may be drawn otherwise than the model itself would (a
+    temperature or a filter in `rollout`): no objective here is exact for them.
 
     `importance` is how the ratio of the model to the distribution a row was drawn from counts (`surrogate`):
     `clip` is PPO's rule with epsilon `ratio_clip`, `truncate` weighs by the ratio up to `ratio_cap`. `auto`

@@ -32,8 +32,8 @@ from jaxdistill.records import ORIGINS, Origin, Part
 
 
 class TermConfig(StrictConfig):
-    """One term: an objective and its weight. `rows` keeps it to responses by these writers (default: all);
-    `name` is before its metrics (default: its kind)."""
+    """One term: an `objective`, and the `weight` its mean is multiplied by. `rows` keeps it to responses by
+    these writers (default: all); `name` is before its metrics (default: its kind)."""
 
     objective: SingleConfig
     weight: float = Field(default=1.0, gt=0)

@@ -1,5 +1,6 @@
-"""What a run shows while it goes: a bar on a terminal, plain lines anywhere else."""
+"""What a run shows while it goes: a bar on a terminal, plain lines anywhere else, objects for programs."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from jaxdistill import logs
+from jaxdistill.metrics.rows import jsonable
 
 
 class _Headline(NamedTuple):
@@ -103,6 +107,18 @@ class Lines(Display):
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+class Objects(Display):
+    """For programs: each step's whole row, as a line of the log."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+
+    def complete(self, step: int, row: Mapping[str, Any]) -> None:
+        metrics = {name: jsonable(value) for name, value in row.items() if name != "step"}
+        said = f"step {step} of {self._total}"
+        logs.say(logging.INFO, said, step=step, steps=self._total, metrics=metrics)
+
+
 class _Bar(Progress):
     """A progress bar with the headline metrics on a line of its own, which a narrow terminal can wrap."""
 
@@ -157,9 +173,12 @@ class Terminal(Display):
 
 
 def display(total_steps: int, *, progress: bool, every: int | None, console: Console | None) -> Display:
-    """The display that suits the place: nothing if not wanted, a bar on a terminal, else plain lines."""
-    if not progress:
+    """The display that suits the place: nothing if not wanted, objects where lines are to be JSON, a bar on a
+    terminal, else plain lines."""
+    if not progress or logs.quiet():
         return Display()
+    if logs.as_json():
+        return Objects(total_steps)
     console = console or Console(stderr=True)
     if console.is_terminal:
         return Terminal(console, total_steps)

@@ -21,7 +21,7 @@ from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` as
 from jax._src.distributed import global_state  # nor for the client
 from jax.errors import JaxRuntimeError
 
-from jaxdistill import errors
+from jaxdistill import errors, logs
 from jaxdistill.batch import Mean
 from jaxdistill.errors import ConfigError, JaxDistillError, ProcessError
 from jaxdistill.stopping import Stop, Stopped
@@ -267,7 +267,7 @@ def abandoning() -> Iterator[None]:
 
 
 def _abandon(error: ProcessError) -> NoReturn:
-    print(f"jaxdistill: {error}", file=sys.stderr, flush=True)
+    logs.say_error(error, error.exit_code)
     sys.stdout.flush()
     os._exit(error.exit_code)
 

@@ -15,7 +15,8 @@ MINUS = "\N{MINUS SIGN}"
 @dataclass(frozen=True)
 class Tile:
     """One figure. `before` is absent where there is nothing to compare with; `change` says how much it
-    moved and `verdict` whether that is good; `source` says where it comes from."""
+    moved and `verdict` whether that is good; `source` says where it comes from, `best` what it was at its
+    best, where that is not `after`. `value` is what `after` shows, and `better` where it should go."""
 
     label: str
     after: str
@@ -23,6 +24,9 @@ class Tile:
     before: str | None = None
     change: str | None = None
     verdict: Literal["good", "bad", "even"] = "even"
+    best: str | None = None
+    value: float | None = None
+    better: Literal[-1, 0, 1] = 0
 
 
 def _percent(value: float) -> str:
@@ -75,15 +79,23 @@ def _compared(
     before, after = float(points.values[0]), float(points.values[-1])
     first, last = int(points.steps[0]), int(points.steps[-1])
     if first == last:
-        return Tile(label, show(after), f"{where}, step {last}")
-    best = float(points.values.max() if better > 0 else points.values.min())
-    source = f"{where}, step {first} → {last}"
-    if where == "held-out" and better and show(best) != show(after):
-        at = int(points.steps[int(np.argmax(points.values == best))])
-        source += f"; best {show(best)} at {at}"
+        return Tile(label, show(after), f"{where}, step {last}", value=after, better=better)
+    most = float(points.values.max() if better > 0 else points.values.min())
+    best = None
+    if where == "held-out" and better and show(most) != show(after):
+        best = f"{show(most)} at {int(points.steps[int(np.argmax(points.values == most))])}"
     moved = better * (after - before) if show(before) != show(after) else 0.0
-    verdict = "good" if moved > 0 else "bad" if moved < 0 else "even"
-    return Tile(label, show(after), source, show(before), difference(before, after), verdict)
+    return Tile(
+        label,
+        show(after),
+        f"{where}, step {first} → {last}",
+        show(before),
+        difference(before, after),
+        "good" if moved > 0 else "bad" if moved < 0 else "even",
+        best,
+        after,
+        better,
+    )
 
 
 def _ends(series: Series) -> tuple[Series, str]:

@@ -1,6 +1,8 @@
-"""Which curves a report shows, and from which metrics; a panel without data is left out."""
+"""Which curves there are to show, and from which metrics; a panel without data is left out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -20,119 +22,168 @@ class Panel:
     note: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """A metric that is drawn, and as what: `training` is noisy, `held-out` has few points that count,
+    `set` is no measurement."""
+
+    key: str
+    label: str
+    color: int
+    kind: Literal["training", "held-out", "set"] = "training"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One pair of axes, and the metrics on it; `percent` and `zero` as in `Chart`. `name` is its id on a
+    page."""
+
+    name: str
+    title: str
+    ylabel: str
+    sources: tuple[Source, ...]
+    note: str
+    percent: bool = False
+    zero: bool = False
+
+    def chart(self, curves: list[Curve]) -> Chart:
+        """The axes with these curves."""
+        return Chart(self.ylabel, curves, percent=self.percent, zero=self.zero)
+
+
+def _held_out(key: str, color: int = 1, label: str = "held-out prompts") -> Source:
+    return Source(f"eval/{key}", label, color, "held-out")
+
+
+# In reading order.
+PLOTS = (
+    Plot(
+        "kl", "Reverse KL per byte", "nats per byte",
+        (Source("reverse_kl_per_byte", "training batches", 0), _held_out("reverse_kl_per_byte")),
+        "How far the student's own responses are from the teacher's judgement; lower is closer.",
+        zero=True,
+    ),
+    Plot(
+        "accuracy", "Task accuracy", "correct", (_held_out("accuracy"),), "On prompts not trained on.",
+        percent=True,
+    ),
+    Plot(
+        "reward", "Task reward", "score, share of prompts",
+        (Source("reward", "mean score", 5), Source("reward_spread", "prompts with unequal scores", 4)),
+        "The scorer's word on the student's samples, before normalising. Rewards compared within a prompt "
+        "push only where its samples do not all score the same.",
+        percent=True,
+    ),
+    Plot(
+        "references", "Bits for the references", "bits per byte",
+        (
+            _held_out("references/student_bits_per_byte", 0, "student"),
+            _held_out("references/teacher_bits_per_byte", 1, "teacher"),
+        ),
+        "What each model needs for the held-out reference responses; lower is better.",
+        zero=True,
+    ),
+    Plot(
+        "gap", "Cross-entropy gap", "nats per byte",
+        (_held_out("references/cross_entropy_gap_per_byte", 3, "references"),),
+        "By how much the teacher predicts the references better, over what is aligned; the forward KL only "
+        "where the teacher wrote them.",
+    ),
+    Plot(
+        "likelihood", "Teacher's log-probability", "nats per byte", (_held_out("teacher_logprob_per_byte"),),
+        "How likely the teacher finds what the student says; higher is likelier.",
+    ),
+    Plot(
+        "alignment", "Alignment", "share",
+        (Source("coverage", "coverage", 2), Source("exact_fraction", "exact fraction", 3)),
+        "Coverage: response bytes aligned with the teacher. Exact: tokens that match one to one; rising "
+        "while the KL rises is drift toward segmentations that dodge the teacher.",
+        percent=True,
+    ),
+    Plot(
+        "throughput", "Throughput", "response tokens per second", (Source("tokens_per_second", "tokens", 4),),
+        "", zero=True,
+    ),
+    Plot(
+        "loss", "Loss", "objective per token", (Source("loss", "loss", 0),),
+        "The objective as optimised; a policy gradient's value need not fall, and its sign means little.",
+    ),
+    Plot(
+        "grad_norm", "Gradient norm", "global L2 norm", (Source("grad_norm", "gradient norm", 0),),
+        "Before clipping.", zero=True,
+    ),
+    Plot(
+        "rate", "Learning rate", "learning rate", (Source("learning_rate", "learning rate", 0, "set"),), "",
+        zero=True,
+    ),
+)  # fmt: skip
+
+
 def panels(run: RunData) -> list[Panel]:
     """Every panel the run has data for, in reading order."""
-    found = [
-        _reverse_kl(run), _accuracy(run), _reward(run), _references(run), _gap(run), _teacher_logprob(run),
-        _alignment(run), _throughput(run), _stages(run),
-        _single(run, "loss", "Loss", "objective per token", "The objective as optimised; a policy gradient's "
-                "value need not fall, and its sign means little."),
-        _single(run, "grad_norm", "Gradient norm", "global L2 norm", "Before clipping.", zero=True),
-        _schedule(run),
-    ]  # fmt: skip
-    return [panel for panel in found if panel is not None]
+    drawn = [_panel(plot, run) for plot in PLOTS]
+    place = 1 + next(n for n, plot in enumerate(PLOTS) if plot.name == "throughput")
+    drawn.insert(place, _stages(run))
+    return [panel for panel in drawn if panel is not None]
 
 
-def _training(series: Series, label: str, color: int) -> list[Curve]:
-    """A training metric: as it is when short, else faint with its running mean."""
-    if len(series.steps) < SMOOTH_FROM:
-        return [Curve(label, series, color)]
-    window = max(5, len(series.steps) // 40)
-    mean = running_mean(series, window)
-    return [Curve("", series, color, "faint"), Curve(f"{label}, mean of {window} steps", mean, color)]
+def side_by_side(runs: Mapping[str, RunData]) -> list[Panel]:
+    """Every panel that any of the runs (by what they are called) has data for: one metric each, and a curve
+    for each run, with the same colour and mark in all panels."""
+    return [
+        panel
+        for plot in PLOTS
+        for number, source in enumerate(plot.sources)
+        if (panel := _compared(plot, source, f"{plot.name}-{number}", runs)) is not None
+    ]
 
 
-def _has_numbers(series: Series) -> bool:
-    return bool(np.isfinite(series.values).any())
+def _panel(plot: Plot, run: RunData) -> Panel | None:
+    curves = [curve for source in plot.sources for curve in _curves(source, run.series(source.key))]
+    return _drawn(plot, plot.name, plot.title, curves, plot.note)
 
 
-def _plain(
-    name: str, title: str, curves: list[Curve], note: str, ylabel: str, **options: bool
-) -> Panel | None:
-    curves = [curve for curve in curves if _has_numbers(curve.series)]
+def _compared(plot: Plot, source: Source, name: str, runs: Mapping[str, RunData]) -> Panel | None:
+    # The noise of one run is bearable, that of several hides all of them.
+    smoothed = [_smoothed(source, run.series(source.key)) for run in runs.values()]
+    curves = [
+        Curve(label, series, color, _STYLES[source.kind])
+        for color, (label, (series, _)) in enumerate(zip(runs, smoothed, strict=True))
+    ]
+    title = f"{plot.title}: {source.label}" if len(plot.sources) > 1 else plot.title
+    mean = max(window for _, window in smoothed)
+    note = f"{plot.note} Running means of {mean} steps." if mean > 1 else plot.note
+    return _drawn(plot, name, title, curves, note)
+
+
+_STYLES: Mapping[str, Literal["line", "marked"]] = {"training": "line", "set": "line", "held-out": "marked"}
+
+
+def _drawn(plot: Plot, name: str, title: str, curves: list[Curve], note: str) -> Panel | None:
+    curves = [curve for curve in curves if np.isfinite(curve.series.values).any()]
     if not curves:
         return None
-    svg = curve_plot(name, f"{title} over the steps", [Chart(ylabel, curves, **options)])
-    return Panel(title, Markup(svg), note)  # the drawing is ours and its texts are escaped
+    svg = curve_plot(name, f"{title} over the steps", [plot.chart(curves)])
+    return Panel(title, Markup(svg), note.strip())  # the drawing is ours and its texts are escaped
 
 
-def _reverse_kl(run: RunData) -> Panel | None:
-    key = "reverse_kl_per_byte"
-    held_out = Curve("held-out prompts", run.series(f"eval/{key}"), 1, "points")
-    curves = [*_training(run.series(key), "training batches", 0), held_out]
-    note = "How far the student's own responses are from the teacher's judgement; lower is closer."
-    return _plain("kl", "Reverse KL per byte", curves, note, "nats per byte", zero=True)
+def _curves(source: Source, series: Series) -> list[Curve]:
+    """A metric as a run's own report has it: of a long noisy one its mean, before the metric as it is."""
+    if source.kind == "held-out":
+        return [Curve(source.label, series, source.color, "points")]
+    mean, window = _smoothed(source, series)
+    if window == 1:
+        return [Curve(source.label, series, source.color)]
+    faint = Curve("", series, source.color, "faint")
+    return [faint, Curve(f"{source.label}, mean of {window} steps", mean, source.color)]
 
 
-def _accuracy(run: RunData) -> Panel | None:
-    curves = [Curve("held-out prompts", run.series("eval/accuracy"), 1, "points")]
-    return _plain("accuracy", "Task accuracy", curves, "On prompts not trained on.", "correct", percent=True)
-
-
-def _reward(run: RunData) -> Panel | None:
-    curves = [
-        *_training(run.series("reward"), "mean score", 5),
-        *_training(run.series("reward_spread"), "prompts with unequal scores", 4),
-    ]
-    note = (
-        "The scorer's word on the student's samples, before normalising. Rewards compared within a prompt "
-        "push only where its samples do not all score the same."
-    )
-    return _plain("reward", "Task reward", curves, note, "score, share of prompts", percent=True)
-
-
-def _references(run: RunData) -> Panel | None:
-    curves = [
-        Curve("student", run.series("eval/references/student_bits_per_byte"), 0, "points"),
-        Curve("teacher", run.series("eval/references/teacher_bits_per_byte"), 1, "points"),
-    ]
-    note = "What each model needs for the held-out reference responses; lower is better."
-    return _plain("references", "Bits for the references", curves, note, "bits per byte", zero=True)
-
-
-def _gap(run: RunData) -> Panel | None:
-    curves = [Curve("references", run.series("eval/references/cross_entropy_gap_per_byte"), 3, "points")]
-    note = (
-        "By how much the teacher predicts the references better, over what is aligned; the forward KL only "
-        "where the teacher wrote them."
-    )
-    return _plain("gap", "Cross-entropy gap", curves, note, "nats per byte")
-
-
-def _teacher_logprob(run: RunData) -> Panel | None:
-    key = "eval/teacher_logprob_per_byte"
-    curves = [Curve("held-out prompts", run.series(key), 1, "points")]
-    note = "How likely the teacher finds what the student says; higher is likelier."
-    return _plain("likelihood", "Teacher's log-probability", curves, note, "nats per byte")
-
-
-def _alignment(run: RunData) -> Panel | None:
-    curves = [
-        *_training(run.series("coverage"), "coverage", 2),
-        *_training(run.series("exact_fraction"), "exact fraction", 3),
-    ]
-    note = (
-        "Coverage: response bytes aligned with the teacher. Exact: tokens that match one to one; rising "
-        "while the KL rises is drift toward segmentations that dodge the teacher."
-    )
-    return _plain("alignment", "Alignment", curves, note, "share", percent=True)
-
-
-def _throughput(run: RunData) -> Panel | None:
-    curves = _training(run.series("tokens_per_second"), "tokens", 4)
-    return _plain("throughput", "Throughput", curves, "", "response tokens per second", zero=True)
-
-
-def _single(
-    run: RunData, key: str, title: str, ylabel: str, note: str, *, zero: bool = False
-) -> Panel | None:
-    return _plain(key, title, _training(run.series(key), title.lower(), 0), note, ylabel, zero=zero)
-
-
-def _schedule(run: RunData) -> Panel | None:
-    # Set, not measured: it has no noise to smooth away.
-    curves = [Curve("learning rate", run.series("learning_rate"))]
-    return _plain("rate", "Learning rate", curves, "", "learning rate", zero=True)
+def _smoothed(source: Source, series: Series) -> tuple[Series, int]:
+    """The series, or its running mean where it is long and noisy, and over how many steps."""
+    if source.kind != "training" or len(series.steps) < SMOOTH_FROM:
+        return series, 1
+    window = max(5, len(series.steps) // 40)
+    return running_mean(series, window), window
 
 
 def _stages(run: RunData) -> Panel | None:

@@ -39,6 +39,7 @@ THEMES: Mapping[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 SERIES_COLORS = 6
+MOST_CURVES = 2 * SERIES_COLORS  # on a pair of axes: beyond the colours they are dashed
 _MARKERS = "os^Dv*"
 _NAMES = list(THEMES["light"])
 # Colours nobody would pick, one for each variable.
@@ -229,6 +230,7 @@ def _label(axes: Axes, ylabel: str) -> None:
 
 def _draw(axes: Axes, curve: Curve, percent: bool) -> None:
     color = _color(curve.color)
+    dashes = "-" if curve.color < SERIES_COLORS else "--"
     marked = curve.style in ("points", "marked")
     drawn = thin(curve.series.finite() if marked else curve.series)
     if curve.style == "faint":
@@ -237,13 +239,16 @@ def _draw(axes: Axes, curve: Curve, percent: bool) -> None:
     if curve.style == "line":
         # One point makes no line, so a run of a single step shows a dot.
         marker = "o" if len(drawn.steps) == 1 else None
-        axes.plot(drawn.steps, drawn.values, color=color, linewidth=1.8, label=curve.label, marker=marker)
+        axes.plot(
+            drawn.steps, drawn.values, color=color, linewidth=1.8, label=curve.label, marker=marker,
+            linestyle=dashes,
+        )  # fmt: skip
         return
     # Shapes tell curves apart where colours do not; too many would hide the line.
     marker = _MARKERS[curve.color % len(_MARKERS)] if curve.style == "marked" else "o"
     axes.plot(
-        drawn.steps, drawn.values, color=color, linewidth=1.6, label=curve.label, markersize=5.5,
-        marker=marker if len(drawn.steps) <= 60 else "", markeredgecolor=_STAND_INS["card"],
+        drawn.steps, drawn.values, color=color, linewidth=1.6, linestyle=dashes, label=curve.label,
+        markersize=5.5, marker=marker if len(drawn.steps) <= 60 else "", markeredgecolor=_STAND_INS["card"],
         markeredgewidth=1.0, clip_on=False, zorder=3,
     )  # fmt: skip
     if curve.style == "marked" or not len(drawn.steps):
@@ -261,10 +266,18 @@ def _draw(axes: Axes, curve: Curve, percent: bool) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    room = 14 * figure.get_figwidth()  # characters of this size
+    columns = next(n for n in range(min(6, len(labels)), 0, -1) if n == 1 or _legend_width(labels, n) <= room)
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=6, frameon=False, borderaxespad=0.2, fontsize=9,
-        handlelength=1.3, columnspacing=1.4, labelcolor=_STAND_INS["ink"],
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False, borderaxespad=0.2,
+        fontsize=9, handlelength=1.3, columnspacing=1.4, labelcolor=_STAND_INS["ink"],
     )  # fmt: skip
+
+
+def _legend_width(labels: Sequence[str], columns: int) -> int:
+    """Of a legend, in characters; it is filled a column at a time."""
+    rows = -(-len(labels) // columns)
+    return sum(5 + max(map(len, labels[n : n + rows])) for n in range(0, len(labels), rows))
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:

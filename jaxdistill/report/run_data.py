@@ -73,7 +73,7 @@ def read_run(run_dir: Path) -> RunData:
         raise DataError(f"{run_dir}: no such folder; expected a run folder, as `run.dir` names it")
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise DataError(f"{run_dir}: has no metrics.jsonl, so it is no run folder or nothing was logged yet")
+        raise DataError(f"{run_dir}: has no metrics.jsonl, so it is no run folder, or nothing was logged yet")
     config_text = _text(run_dir / "config.yaml")
     return RunData(
         name=run_dir.resolve().name,

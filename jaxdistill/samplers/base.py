@@ -16,7 +16,7 @@ Share = float | tuple[float, float]
 
 
 class OriginsConfig(StrictConfig):
-    """Who answers a step's prompts: the student, the data's references, the teacher.
+    """Who answers a step's prompts: the `student`, the data's `reference`s, the `teacher`.
 
     Each has its share of the prompts, a number or `[start, end]`, linear from the run's first step to its
     last. At every step the shares sum to 1.
@@ -57,6 +57,9 @@ class OriginsConfig(StrictConfig):
 
 class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens.
+
+    `samples_per_prompt` to each prompt, of at most `max_new_tokens`; prompts beyond `max_prompt_tokens` are
+    refused. `template_kwargs` are given to the student's chat template.
 
     `max_staleness`: how many updates old the weights may be that a step's responses were sampled with; with 0
     every step waits for its own responses, with more the teacher scores while the student trains.

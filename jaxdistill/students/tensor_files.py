@@ -113,7 +113,10 @@ class TensorFiles:
                 f"{self.folder}: tensor {name} is missing; the download or export is incomplete"
             )
         if (found := self._tensors[name].shape) != shape:
-            raise ConfigError(f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}")
+            raise ConfigError(
+                f"{self.folder}: tensor {name} has shape {found}, config.json says {shape}; they are of two "
+                "models: download or export both again"
+            )
 
     def dtype(self, name: str) -> np.dtype:
         """What a tensor is read as: bfloat16 as it is, anything else as float32."""

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.parallel import processes
+from jaxdistill.parallel.mesh import find_devices
 from jaxdistill.parallel.rules import param_shardings, rows_sharding
 from jaxdistill.students.architecture import DecoderConfig
 from jaxdistill.students.attention import Attention
@@ -75,7 +76,7 @@ def load_decoder(
     shapes = nnx.to_pure_dict(abstract)
     reader = _Reader(TensorFiles(folder), layer_tensors(config), config.num_layers, shapes)
     if mesh is None:
-        here = SingleDeviceSharding(jax.devices()[0])
+        here = SingleDeviceSharding(find_devices()[0])
         shardings = jax.tree.map(lambda _: here, shapes)
     else:
         shardings = param_shardings(abstract, mesh)

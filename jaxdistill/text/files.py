@@ -26,7 +26,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class TokenizerFiles:
     """The parsed files of one folder. Absent optional files are empty mappings.
 
-    `templates` are the chat templates by name; the usual one is called "default".
+    `templates` are the chat templates by name; the usual one is called "default". `where` and
+    `template_where` name the folder, and where the templates are from, in messages.
     """
 
     where: str
@@ -36,6 +37,7 @@ class TokenizerFiles:
     generation: Mapping[str, Any]
     model: Mapping[str, Any]
     templates: Mapping[str, str]
+    template_where: str
 
 
 def locate(path: str) -> Path:
@@ -111,9 +113,13 @@ def read_files(path: str, chat_template: str | Path | None = None) -> TokenizerF
     if chat_template is None:
         return files
     try:
-        return replace(files, templates={"default": _read_text(Path(chat_template).expanduser())})
+        text = _read_text(Path(chat_template).expanduser())
+        return replace(files, templates={"default": text}, template_where=str(chat_template))
     except OSError as error:
-        raise ConfigError(f"chat_template={chat_template}: cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"chat_template={chat_template}: cannot be read ({error.strerror}); name a Jinja file, or leave "
+            "it out to take the model's own"
+        ) from error
 
 
 def _read(folder: Path) -> TokenizerFiles:
@@ -136,6 +142,7 @@ def _read(folder: Path) -> TokenizerFiles:
         generation=_read_json(folder / "generation_config.json"),
         model=_read_json(folder / "config.json"),
         templates=_templates(folder, config),
+        template_where=str(folder),
     )
 
 

@@ -123,7 +123,10 @@ class ChatTemplate:
         if outcome.kind == "text":
             return outcome.text
         if outcome.kind == "syntax":
-            raise ConfigError(f"{self.where}: the chat template is not valid Jinja: {outcome.text}")
+            raise ConfigError(
+                f"{self.where}: the chat template is not valid Jinja: {outcome.text}; mend that line, or "
+                "name another file as chat_template"
+            )
         if outcome.kind == "limit":
             raise DataError(
                 f"{self.where}: the chat template was stopped on {len(messages)} messages: it "

@@ -102,7 +102,7 @@ def render(template: str, values: dict[str, Any], characters: int) -> dict[str, 
     except MemoryError:
         return {"kind": "limit", "text": "needed more memory than it is given"}
     except jinja2.TemplateSyntaxError as error:
-        return {"kind": "syntax", "text": str(error)}
+        return {"kind": "syntax", "text": f"{error.message} (line {error.lineno})"}
     except _FAILURES as error:
         return {"kind": "refused", "text": str(error)}
 

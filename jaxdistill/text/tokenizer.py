@@ -91,7 +91,7 @@ class Tokenizer:
         family = detect_family(files.document, files.where)
         self._raw = _open_raw(files)
         _check_ids(files, self._raw)
-        template = ChatTemplate(files.where, files.templates, special_strings(files.config))
+        template = ChatTemplate(files.template_where, files.templates, special_strings(files.config))
         self._template = template
         control = control_ids(files.document, template)
         self.roles: Mapping[str, int] = assign_roles(self._raw, template, control, roles)

@@ -56,12 +56,17 @@ def call(*arguments: str) -> Finished:
     return Finished(code, out.getvalue(), err.getvalue())
 
 
-def apart(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m jaxdistill.WORD ...` in a process of its own."""
+def apart(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m jaxdistill.WORD ...` in a process of its own, with these environment variables."""
     word, *others = arguments
-    command = [sys.executable, "-m", f"jaxdistill.{word}", *others]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-m", f"jaxdistill.{word}", *others],
+        cwd=ROOT,
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 

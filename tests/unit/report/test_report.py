@@ -89,7 +89,8 @@ def test_the_headline_is_before_and_after(tmp_path: Path) -> None:
     found = {tile.label: tile for tile in tiles(read_run(tmp_path))}
     accuracy, kl = found["Task accuracy"], found["Reverse KL per byte"]
     assert (accuracy.before, accuracy.after, accuracy.change) == ("20.0 %", "75.0 %", "+55.0 points")
-    assert (accuracy.verdict, accuracy.source) == ("good", "held-out, step 0 → 2; best 90.0 % at 1")
+    assert (accuracy.verdict, accuracy.source) == ("good", "held-out, step 0 → 2")
+    assert (accuracy.best, accuracy.value, kl.best) == ("90.0 % at 1", 0.75, None)
     assert (kl.before, kl.after, kl.change, kl.verdict) == (
         "0.4000",
         "0.1000",
