@@ -4,6 +4,7 @@ Everything that can be wrong with a config is found before the run folder is tou
 weights, mesh, and a teacher that answers. Only then is anything written.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,7 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from jaxdistill.batch import Batch
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collector
 from jaxdistill.config import dump
@@ -23,6 +26,7 @@ from jaxdistill.loop import Run
 from jaxdistill.manifest import count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
+from jaxdistill.packing import lengthened
 from jaxdistill.parallel import processes
 from jaxdistill.parallel.rules import padded_rows, place_batch
 from jaxdistill.pipeline import Pipeline
@@ -31,12 +35,19 @@ from jaxdistill.records import Origin, Prompt, Rollout
 from jaxdistill.rewards import Rewards
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import check_run_folder, open_run_folder
-from jaxdistill.samplers import LocalSampler, MixedSampler, Sampler, TeacherSampler
+from jaxdistill.samplers import (
+    LocalSampler,
+    LocalSamplerConfig,
+    MixedSampler,
+    Sampler,
+    SGLangSampler,
+    TeacherSampler,
+)
 from jaxdistill.scoring import Scoring
 from jaxdistill.skipped import SkippedBatches
 from jaxdistill.step import initial_state, make_train_step
 from jaxdistill.stopping import Stop
-from jaxdistill.students import Decoder, read_config
+from jaxdistill.students import Decoder, read_config, save_params
 from jaxdistill.teachers import (
     EmbeddedConfig,
     ReplayConfig,
@@ -79,7 +90,11 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
         accumulation = config.optimizer.gradient_accumulation_steps
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state, frozen = initial_state(inputs.decoder, optimizer, inputs.mesh)
-        policy = LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
+        policy = build_sampler(config, inputs, graphdef)
+        if isinstance(policy, SGLangSampler):
+            stack.callback(policy.close)
+            with processes.together("the meeting of the sampler's servers"):
+                policy.check()
         scoring = None
         if teachers is not None and config.objective.needs_teacher:
             scoring = Scoring(
@@ -112,6 +127,7 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
             stopwatch,
             steps=config.run.steps,
             ahead=config.rollout.max_staleness,
+            sample_behind=isinstance(policy, SGLangSampler),
         )
         stack.callback(batches.close)
         metrics = stack.enter_context(
@@ -136,7 +152,7 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
             policy=policy,
             teachers=teachers,
             batches=batches,
-            place=partial(place_batch, mesh=inputs.mesh),
+            place=partial(place_alike, mesh=inputs.mesh),
             evaluator=build_evaluator(
                 config, inputs, graphdef, inputs.heldout, inputs.heldout_references, teachers
             ),
@@ -149,6 +165,37 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
             example_every=None if inputs.heldout else config.eval.every,
             stopwatch=stopwatch,
         )
+
+
+def build_sampler(
+    config: RunConfig, inputs: Inputs, graphdef: nnx.GraphDef[Decoder]
+) -> LocalSampler | SGLangSampler:
+    """Who samples for the student, by `sampler.kind`; servers are not asked yet."""
+    if isinstance(config.sampler, LocalSamplerConfig):
+        return LocalSampler(graphdef, inputs.tokenizer, config.rollout, inputs.mesh, seed=config.run.seed)
+    run = config.run.dir.absolute()
+    return SGLangSampler(
+        config.sampler,
+        config.rollout,
+        inputs.tokenizer,
+        partial(
+            save_params,
+            config=inputs.decoder.config,
+            lora=config.student.lora,
+            source=Path(config.student.path),
+            dtype=config.sampler.dtype,
+        ),
+        # Several runs may share the folder; the same one finds its own again.
+        config.sampler.weights / f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}",
+        vocabulary=inputs.decoder.config.vocab_size,
+        seed=config.run.seed,
+    )
+
+
+def place_alike(batch: Batch, mesh: Mesh) -> Batch:
+    """A batch on the devices, as long in all processes as in the one that has the longest."""
+    length = processes.agree_max("the length of a batch", batch.tokens.shape[1])
+    return place_batch(lengthened(batch, length), mesh)
 
 
 def check_alike(config: RunConfig, inputs: Inputs) -> None:

@@ -1,27 +1,19 @@
 """Prompts -> one batch, in two halves: the student answers, then the answers are scored, aligned and packed.
 
-The second half asks the teacher and needs no device, so that it may run beside the training (`pipeline`).
+The second half asks the teacher and needs no device, so that it may run beside the training (`pipeline`); the
+first one too, where the student answers on servers of its own.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.metrics import Stopwatch
-from jaxdistill.packing import bucket_of, pack
-from jaxdistill.parallel import processes
+from jaxdistill.packing import pack
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.rewards import Rewards
 from jaxdistill.samplers import MixedSampler
 from jaxdistill.scoring import Scored, Scoring
-
-
-class Sampled(NamedTuple):
-    """This process's responses of a step, and the padded length its batch has in all processes."""
-
-    rollouts: Sequence[Rollout]
-    length: int
 
 
 @dataclass(frozen=True)
@@ -48,18 +40,14 @@ class Collector:
     stopwatch: Stopwatch
     rewards: Rewards | None = None
 
-    def sample(self, prompts: Sequence[Prompt], step: int) -> Sampled:
-        """The responses that `step` trains on."""
+    def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """This process's responses that `step` trains on."""
         # The first step with a prompt for the student compiles its sampling, whichever step that is.
         with self.stopwatch.stage("rollout", variant="student" in self.sampler.schedule.choose(step)):
-            rollouts = self.sampler.sample(prompts, step)
-            return Sampled(
-                rollouts, processes.agree_max("the length of a batch", bucket_of(rollouts, self.buckets))
-            )
+            return self.sampler.sample(prompts, step)
 
-    def finish(self, sampled: Sampled) -> Collected:
+    def finish(self, rollouts: Sequence[Rollout]) -> Collected:
         """Responses with what teachers and scorers say of them, as a padded batch of numpy arrays."""
-        rollouts, length = sampled
         scored = None if self.scoring is None else self.scoring(rollouts)
         rewards, metrics = None, {}
         if self.rewards is not None:
@@ -67,5 +55,5 @@ class Collector:
                 rewards, metrics = self.rewards(rollouts)
         with self.stopwatch.stage("pack"):
             targets = [None] * len(rollouts) if scored is None else scored.targets
-            batch = pack(rollouts, targets, buckets=[length], rows=self.rows, rewards=rewards)
+            batch = pack(rollouts, targets, buckets=self.buckets, rows=self.rows, rewards=rewards)
         return Collected(batch, rollouts, scored, metrics)

@@ -37,6 +37,16 @@ class TeacherContractError(JaxDistillError, ValueError):
     """The teacher answered something that must not be believed, or refused the request for good."""
 
 
+class SamplerUnavailable(JaxDistillError, ConnectionError):
+    """The server that samples could not be reached in time; worth trying again later."""
+
+    exit_code = 75
+
+
+class SamplerContractError(JaxDistillError, ValueError):
+    """The server that samples answered something that must not be believed, or refused for good."""
+
+
 class StaleRolloutError(JaxDistillError):
     """A rollout was sampled by a policy older than the run allows."""
 

@@ -69,7 +69,8 @@ def train(run: Run) -> TrainState:
     run.metrics.resume_at(first)
     run.samples.resume_at(first)
     run.quarantine.replace_from(first)
-    run.policy.push(run.frozen | state.params, version=first)
+    with processes.together("the first push of the weights"):
+        run.policy.push(run.frozen | state.params, version=first)
     run.stopwatch.take()
     for step in range(first, run.steps):
         position = run.batches.position
@@ -92,10 +93,10 @@ def train(run: Run) -> TrainState:
         ):
             state, metrics = run.train_step(state, run.frozen, batch)
             metrics = jax.device_get(metrics)
-        run.policy.push(run.frozen | state.params, version=step + 1)
         values = step_values(run, step, collected, metrics)
         run.metrics.log(step, values)
         with saved_on_failure(run, step + 1, state, run.batches.position):
+            run.policy.push(run.frozen | state.params, version=step + 1)
             run.skipped.note(step, collected.batch, values)
         if run.example_every is not None and step % run.example_every == 0:
             run.samples.log(step, samples_of(collected.rollouts[:EXAMPLES], collected.scored))

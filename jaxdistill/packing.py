@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import jax
 import numpy as np
 from pydantic import Field, field_validator
 
@@ -20,7 +21,7 @@ _PARTS: Mapping[Part, type] = {
     "shared": BatchSharedTopK,
     "end": BatchEndOfTurn,
 }
-_FILL = {"ids": -1, "student_ids": -1, "logprobs": -np.inf}  # elsewhere zero
+_FILL = {"chunk_of_token": -1, "ids": -1, "student_ids": -1, "logprobs": -np.inf}  # elsewhere zero
 _DTYPES = {"mask": bool, "floored": bool, "ids": np.int32, "student_ids": np.int32}  # elsewhere float32
 
 
@@ -103,6 +104,19 @@ def bucket_of(rollouts: Sequence[Rollout], buckets: Sequence[int]) -> int:
             "add a larger bucket or lower rollout.max_prompt_tokens or rollout.max_new_tokens"
         )
     return width
+
+
+def lengthened(batch: Batch, length: int) -> Batch:
+    """The host batch with padding behind its rows, up to `length` positions: as if it had been packed so."""
+    more = length - batch.tokens.shape[1]
+
+    def padded(path: Any, array: np.ndarray) -> np.ndarray:
+        if array.ndim == 1:
+            return array
+        width = [(0, 0), (0, more), *[(0, 0)] * (array.ndim - 2)]
+        return np.pad(array, width, constant_values=_FILL.get(path[-1].name, 0))
+
+    return jax.tree_util.tree_map_with_path(padded, batch) if more else batch
 
 
 def blank(rows: int, length: int, parts: Mapping[Part, int]) -> Batch:

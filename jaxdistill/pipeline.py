@@ -3,8 +3,11 @@ next and trains on the one before.
 
 With `ahead` n, step k trains on responses that were sampled before step k - n (at the start of a run, before
 its first step): n updates old. Which weights sample which step is fixed by n alone, not by who is quick, so
-that the same run makes the same batches at any speed. Sampling stays on the caller's thread, since it shares
+that the same run makes the same batches at any speed. Sampling stays on the caller's thread where it shares
 the devices with the training step, which takes over the weights' memory; one thread behind scores and packs.
+
+Students that answer on servers of their own do so on that thread too (`sample_behind`), while the step
+trains. Their responses may then be newer than step k - n, by who was quick, and never older.
 """
 
 from collections import deque
@@ -13,11 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from jaxdistill.batch import Mean
-from jaxdistill.collect import Collected, Sampled
+from jaxdistill.collect import Collected
 from jaxdistill.data import PromptStream
 from jaxdistill.errors import StaleRolloutError
 from jaxdistill.metrics import Stopwatch
-from jaxdistill.records import Prompt
+from jaxdistill.records import Prompt, Rollout
 
 
 class _Pending(NamedTuple):
@@ -33,12 +36,13 @@ class Pipeline:
     def __init__(
         self,
         prompts: PromptStream,
-        sample: Callable[[Sequence[Prompt], int], Sampled],
-        finish: Callable[[Sampled], Collected],
+        sample: Callable[[Sequence[Prompt], int], Sequence[Rollout]],
+        finish: Callable[[Sequence[Rollout]], Collected],
         stopwatch: Stopwatch,
         *,
         steps: int,
         ahead: int,
+        sample_behind: bool = False,
     ):
         self.ahead = ahead
         self._prompts = prompts
@@ -46,6 +50,7 @@ class Pipeline:
         self._finish = finish
         self._stopwatch = stopwatch
         self._steps = steps
+        self._sample_behind = sample_behind
         self._pending: deque[_Pending] = deque()
         self._behind = ThreadPoolExecutor(1, "collect") if ahead else None
 
@@ -74,14 +79,15 @@ class Pipeline:
         return collected
 
     def _start(self, step: int) -> None:
-        position = self._prompts.state()
-        sampled = self._sample(next(self._prompts), step)
-        if self._behind is not None:
-            self._pending.append(_Pending(position, self._behind.submit(self._finish, sampled)))
-            return
-        done: Future[Collected] = Future()
-        done.set_result(self._finish(sampled))
-        self._pending.append(_Pending(position, done))
+        position, prompts = self._prompts.state(), next(self._prompts)
+        if self._behind is None:
+            collected: Future[Collected] = Future()
+            collected.set_result(self._finish(self._sample(prompts, step)))
+        elif self._sample_behind:
+            collected = self._behind.submit(lambda: self._finish(self._sample(prompts, step)))
+        else:
+            collected = self._behind.submit(self._finish, self._sample(prompts, step))
+        self._pending.append(_Pending(position, collected))
 
     def close(self) -> None:
         """Begin nothing more. What is under way ends when its teachers are closed."""

@@ -18,7 +18,14 @@ from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig, processes
 from jaxdistill.records import ORIGINS, Part
 from jaxdistill.rewards import RewardConfig
-from jaxdistill.samplers import OriginsConfig, RolloutConfig, Schedule
+from jaxdistill.samplers import (
+    LocalSamplerConfig,
+    OriginsConfig,
+    RolloutConfig,
+    SamplerConfig,
+    Schedule,
+    SGLangSamplerConfig,
+)
 from jaxdistill.students import AttentionChoice, LoraConfig, Remat
 from jaxdistill.teachers import EmbeddedConfig, ReplayConfig, ServedSettings, TeacherConfig
 
@@ -88,6 +95,7 @@ class RunConfig(StrictConfig):
     teacher: TeacherConfig | None = None
     teachers: tuple[TeacherConfig, ...] = ()
     rollout: RolloutConfig = RolloutConfig()
+    sampler: SamplerConfig = LocalSamplerConfig()
     objective: ObjectiveConfig = ReverseKLConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -102,6 +110,7 @@ class RunConfig(StrictConfig):
         self._check_rows()
         self.objective.check_sampling(self.rollout.off_policy)
         self._check_reward()
+        self._check_sampler()
         return self
 
     def _check_rows(self) -> None:
@@ -186,6 +195,19 @@ class RunConfig(StrictConfig):
             return teacher
         student = {"tokenizer": self.student.path, "roles": teacher.roles or self.student.roles}
         return teacher.model_copy(update=student)
+
+    def _check_sampler(self) -> None:
+        """What servers that sample cannot be asked for, or do not say."""
+        if not isinstance(self.sampler, SGLangSamplerConfig):
+            return
+        local = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "kv_dtype": None}
+        for name, neutral in local.items():
+            if (value := getattr(self.rollout, name)) != neutral:
+                raise ValueError(
+                    f"rollout.{name}={value} is for sampler.kind=local: a server does not say what its "
+                    "filtered distribution gave a token, and keeps its cache as it was started to; leave it "
+                    "out"
+                )
 
     def _check_reward(self) -> None:
         if self.reward is None and self.objective.reads_reward:

@@ -192,7 +192,9 @@ def surrogate(
       is learnt from a token that has already moved by epsilon, since sampling or since the step began.
     - `truncate`: the gradient of -A log p, weighed by min(r, cap) (truncated importance sampling, Ionides
       2008; Espeholt et al. 2018, section 4.1): unbiased up to the cap, which bounds the variance of stale
-      rows."""
+      rows.
+
+    `logprob_mismatch` is |log r|: on fresh rows, how far whoever sampled computes from the trainer (nats)."""
     logprob, entropy = logprob_and_entropy(logits, targets["tokens"])
     mask, advantage, weight = targets["mask"], targets["advantage"], targets["weight"]
     # The exponent is masked too: exp of garbage would give 0 * inf in the gradient.
@@ -206,5 +208,6 @@ def surrogate(
         value = -jnp.minimum(ratio * advantage, clipped * advantage)
     return jnp.where(mask, value, 0.0), {
         "entropy": masked_mean(entropy, mask, weight),
+        "logprob_mismatch": masked_mean(jnp.abs(logprob - targets["behavior"]), mask, weight),
         "ratio_clipped": masked_mean((ratio != clipped).astype(jnp.float32), mask, weight),
     }

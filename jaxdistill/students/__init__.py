@@ -5,7 +5,7 @@ from jaxdistill.students.decoder import Cache, Decoder, Remat
 from jaxdistill.students.families import parse_config, read_config
 from jaxdistill.students.fused_attention import AttentionChoice, choose_attention
 from jaxdistill.students.lora import LoraConfig, merge, save_adapters, trained_and_frozen
-from jaxdistill.students.weights import StoredDtype, abstract_decoder, load_decoder, save_decoder
+from jaxdistill.students.weights import StoredDtype, abstract_decoder, load_decoder, save_decoder, save_params
 
 __all__ = [
     "AttentionChoice",
@@ -23,5 +23,6 @@ __all__ = [
     "read_config",
     "save_adapters",
     "save_decoder",
+    "save_params",
     "trained_and_frozen",
 ]

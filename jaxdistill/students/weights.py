@@ -9,7 +9,8 @@ Letters: L layers, N experts.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,17 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.parallel import processes
 from jaxdistill.parallel.rules import param_shardings, rows_sharding
 from jaxdistill.students.architecture import DecoderConfig
 from jaxdistill.students.attention import Attention
 from jaxdistill.students.checkpoint import TOP, Tensor, layer_tensors, stored
 from jaxdistill.students.decoder import Decoder, Remat
 from jaxdistill.students.families import read_config
-from jaxdistill.students.lora import Adapters, LoraConfig
+from jaxdistill.students.lora import Adapters, LoraConfig, merge
 from jaxdistill.students.tensor_files import Piece, TensorFiles
 
 StoredDtype = Literal["float32", "bfloat16"]
@@ -226,8 +229,38 @@ def save_decoder(decoder: Decoder, path: Path, *, source: Path, dtype: StoredDty
     """Write `decoder` as the new Hugging Face folder `path`: safetensors in `dtype`, and config, tokenizer
     and template copied from `source`, the folder it was loaded from. `path` appears only when complete.
 
+    Processes of one run must all call it, since each holds a part of the tensors; process 0 alone writes.
+
     Raises `ConfigError` if `path` exists or cannot be written.
     """
+    tensors = list(_outgoing(decoder))
+    values = (tensor.value(jnp.dtype(dtype)) for tensor in tensors)
+    try:
+        if processes.leads():
+            _write(tensors, values, path, source, dtype)
+    finally:
+        if processes.count() > 1:
+            deque(values, maxlen=0)  # whatever happened to the writing, the others wait for its share
+
+
+def save_params(
+    params: Any,
+    path: Path,
+    *,
+    config: DecoderConfig,
+    lora: LoraConfig | None,
+    source: Path,
+    dtype: StoredDtype,
+) -> None:
+    """`save_decoder` of parameters alone, adapters merged where there are some (`lora`)."""
+    graphdef = nnx.split(abstract_decoder(config), nnx.Param)[0]
+    decoder = nnx.merge(graphdef, params if lora is None else merge(params, lora))
+    save_decoder(decoder, path, source=source, dtype=dtype)
+
+
+def _write(
+    tensors: Sequence["_Outgoing"], values: Iterator[np.ndarray], path: Path, source: Path, dtype: StoredDtype
+) -> None:
     if path.exists():
         raise ConfigError(f"{path} exists already; choose a new folder for the model")
     unfinished = path.with_name(f".{path.name}.partial")
@@ -239,7 +272,7 @@ def save_decoder(decoder: Decoder, path: Path, *, source: Path, dtype: StoredDty
             if file.is_file() and not file.name.endswith(_WEIGHTS):
                 shutil.copyfile(file, unfinished / file.name)
         _write_config(unfinished / "config.json", dtype)
-        _write_weights(decoder, unfinished, jnp.dtype(dtype))
+        _write_weights(tensors, values, unfinished, jnp.dtype(dtype))
         unfinished.rename(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
@@ -253,12 +286,14 @@ def _write_config(path: Path, dtype: StoredDtype) -> None:
     path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
-def _write_weights(decoder: Decoder, folder: Path, dtype: np.dtype) -> None:
-    """All tensors in files of at most `SHARD_BYTES` (but at least one tensor), and an index if there are
-    several, as transformers names them."""
+def _write_weights(
+    tensors: Sequence["_Outgoing"], values: Iterator[np.ndarray], folder: Path, dtype: np.dtype
+) -> None:
+    """All tensors, whose `values` come in the same order, in files of at most `SHARD_BYTES` (but at least
+    one tensor), and an index if there are several, as transformers names them."""
     shards: list[list[_Outgoing]] = [[]]
     size = total = 0
-    for tensor in _outgoing(decoder):
+    for tensor in tensors:
         if shards[-1] and size + tensor.elements * dtype.itemsize > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -269,7 +304,7 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: np.dtype) -> None:
     for number, shard in enumerate(shards, start=1):
         several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = folder / ("model.safetensors" if len(shards) == 1 else several)
-        save_file({tensor.name: tensor.value(dtype) for tensor in shard}, file, metadata={"format": "pt"})
+        save_file({tensor.name: next(values) for tensor in shard}, file, metadata={"format": "pt"})
         # safetensors makes files only their owner can read; an export is as readable as its config.
         file.chmod((folder / "config.json").stat().st_mode)
         index |= {tensor.name: file.name for tensor in shard}
@@ -286,7 +321,8 @@ class _Outgoing(NamedTuple):
     parts: Callable[[], list[Any]]
 
     def value(self, dtype: np.dtype) -> np.ndarray:
-        parts = [np.asarray(jax.device_get(part)).astype(dtype) for part in self.parts()]
+        # Cast where it lies: fewer bytes travel.
+        parts = [process_allgather(part.astype(dtype), tiled=True) for part in self.parts()]
         return np.ascontiguousarray(np.concatenate(parts))
 
 

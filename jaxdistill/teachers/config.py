@@ -1,14 +1,13 @@
 """How a teacher is configured: one model a kind, joined by `kind` into `TeacherConfig`. Times in seconds."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from jaxdistill.config import StrictConfig
 from jaxdistill.errors import ConfigError
+from jaxdistill.servers import EndpointSettings, RequestSettings
 from jaxdistill.text import Tokenizer
 
 
@@ -60,41 +59,11 @@ class TeacherSettings(StrictConfig):
         return Tokenizer.load(self.tokenizer_path, roles=self.roles or None, chat_template=self.chat_template)
 
 
-class ServedSettings(TeacherSettings):
-    """A teacher behind HTTP: how patiently and how hard it is asked."""
+class ServedSettings(TeacherSettings, RequestSettings):
+    """A teacher behind HTTP: how it is asked, and what it may read."""
 
-    max_concurrency: int = Field(default=8, ge=1, description="requests in flight at once, all endpoints")
     max_tokens_per_request: int = Field(
         default=8192, ge=1, description="rows are grouped up to this many tokens"
-    )
-    request_timeout_s: float = Field(
-        default=120.0, gt=0, description="deadline of one request, its reply included"
-    )
-    batch_budget_s: float = Field(
-        default=900.0, gt=0, description="time for a whole batch, retries included; then the teacher is gone"
-    )
-    start_timeout_s: float = Field(
-        default=60.0, gt=0, description="time for the teacher's first answer when a run starts"
-    )
-    attempts: int = Field(
-        default=5, ge=1, description="tries of a request that the server itself answers with status 500"
-    )
-    backoff_s: float = Field(
-        default=0.5, ge=0, description="longest wait after the first failure; doubles each time"
-    )
-    backoff_max_s: float = Field(
-        default=20.0, ge=0, description="longest random wait; Retry-After comes on top"
-    )
-    breaker_failures: int = Field(
-        default=5, ge=1, description="failures in a row after which an endpoint is left alone"
-    )
-    breaker_probe_s: float = Field(
-        default=5.0,
-        gt=0,
-        description="time between the single requests that find out if it is back; grows while others work",
-    )
-    hedge_share: float = Field(
-        default=0.05, ge=0, lt=1, description="share of requests sent a second time when they lag; 0: never"
     )
     context_length: int | None = Field(
         default=None, ge=2, description="longest row in teacher tokens (default: what the server says)"
@@ -114,48 +83,15 @@ class ServedSettings(TeacherSettings):
     )
 
 
-class SGLangConfig(ServedSettings):
-    """`teacher.kind: sglang`: a server that runs already, and its replicas.
-
-    `api_key_env` is the NAME of an environment variable.
-    """
+class SGLangConfig(ServedSettings, EndpointSettings):
+    """`teacher.kind: sglang`: a server that runs already, and its replicas."""
 
     kind: Literal["sglang"] = "sglang"
-    endpoint: str | tuple[str, ...] = Field(description="URL of the server, or a list of replicas")
     tokenizer: str | None = Field(
         default=None,
         min_length=1,
         description="folder or hub id of the served model's own tokenizer (default: the student's)",
     )
-    api_key_env: str | None = Field(
-        default=None, description="name of the environment variable with the API key"
-    )
-
-    @property
-    def endpoints(self) -> tuple[str, ...]:
-        """The endpoint or endpoints, as a list without trailing slashes."""
-        listed = (self.endpoint,) if isinstance(self.endpoint, str) else self.endpoint
-        return tuple(url.rstrip("/") for url in listed)
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _name(cls, value: str | None) -> str | None:
-        # What stands here by mistake may be the key itself: it is not repeated.
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise ValueError("the NAME of an environment variable is expected here, not the key")
-        return value
-
-    @field_validator("endpoint")
-    @classmethod
-    def _urls(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        listed = (value,) if isinstance(value, str) else value
-        if not listed:
-            raise ValueError("the URL of the server, or a list of them, is expected")
-        for url in listed:
-            _check_url(url)
-        if len({url.rstrip("/") for url in listed}) < len(listed):
-            raise ValueError("one URL is listed twice")
-        return value
 
 
 class EmbeddedConfig(ServedSettings):
@@ -184,17 +120,3 @@ class ReplayConfig(TeacherSettings):
 
 
 TeacherConfig = Annotated[SGLangConfig | EmbeddedConfig | ReplayConfig, Field(discriminator="kind")]
-
-
-def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    try:
-        sound = parts.port != 0 and parts.hostname and not any(sign.isspace() for sign in url)
-    except ValueError:  # a port that is no number, or none there can be
-        sound = False
-    if parts.scheme not in ("http", "https") or not sound:
-        raise ValueError("a URL such as http://host:30000 is expected")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("the URL holds credentials; put the key in a variable and name it in api_key_env")
-    if parts.query or parts.fragment:
-        raise ValueError("the URL has a query or fragment; only scheme, host, port and path are expected")

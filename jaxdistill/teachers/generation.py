@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdistill.errors import TeacherContractError, TeacherUnavailable
+from jaxdistill.errors import JaxDistillError, TeacherContractError
 from jaxdistill.records import TokenSpans, Unscored
+from jaxdistill.servers import Peer
 from jaxdistill.teachers.checks import (
     BYTES_A_ROW,
     OWN_ONLY,
@@ -126,39 +127,39 @@ def largest_writing(rows: Sequence[WritingRow], canary: ScoringRow) -> int:
 
 
 def read_written(
-    result: Any, row: WritingRow, vocab_size: int, endpoint: str
+    peer: Peer, result: Any, row: WritingRow, vocab_size: int, endpoint: str
 ) -> tuple[Int32[np.ndarray, " M"], bool, str]:
     """One row's result: its new ids, whether it ended by itself, and the weight version that wrote it.
 
-    Raises `TeacherContractError` for what does not answer the row, and `TeacherUnavailable` where the server
-    gave the row up; both name the `endpoint`.
+    Raises the peer's `contract` error for what does not answer the row, and its `unavailable` where the
+    server gave the row up; both name the `endpoint`.
     """
-    where = f"teacher at {endpoint}: {row.label}"
+    where = f"{peer.at(endpoint)}: {row.label}"
+
+    def refused(got: str, expected: str) -> JaxDistillError:
+        return peer.contract(
+            f"{where}: got {got}, expected {expected}; the reply cannot be used, check that the server is an "
+            "SGLang that returns output_ids"
+        )
+
     result = result if isinstance(result, dict) else {}
     meta = result.get("meta_info")
     meta = meta if isinstance(meta, dict) else {}
     finish = meta.get("finish_reason")
     kind = finish.get("type") if isinstance(finish, dict) else None
     if kind == "abort":
-        raise TeacherUnavailable(f"{where}: the server gave up writing it ({finish!r:.200}); try again later")
+        raise peer.unavailable(f"{where}: the server gave up writing it ({finish!r:.200}); try again later")
     if kind not in ("stop", "length"):
-        raise _refused(where, f"finish_reason {finish!r:.80}", "one of type stop or length")
+        raise refused(f"finish_reason {finish!r:.80}", "one of type stop or length")
     count = meta.get("prompt_tokens", len(row.prompt))
     if count != len(row.prompt):
-        raise _refused(where, f"prompt_tokens {count!r:.80}", f"{len(row.prompt)}, the tokens sent")
+        raise refused(f"prompt_tokens {count!r:.80}", f"{len(row.prompt)}, the tokens sent")
     ids = result.get("output_ids")
     if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
-        raise _refused(where, f"output_ids {ids!r:.80}", f"a list of ids in [0, {vocab_size})")
+        raise refused(f"output_ids {ids!r:.80}", f"a list of ids in [0, {vocab_size})")
     if len(ids) > row.new:
-        raise _refused(where, f"{len(ids)} new tokens", f"at most {row.new}")
+        raise refused(f"{len(ids)} new tokens", f"at most {row.new}")
     version = meta.get("weight_version", "")
     if not isinstance(version, str):
-        raise _refused(where, f"weight_version {version!r:.80}", "a string")
+        raise refused(f"weight_version {version!r:.80}", "a string")
     return np.asarray(ids, np.int32), kind == "stop", version
-
-
-def _refused(where: str, got: str, expected: str) -> TeacherContractError:
-    return TeacherContractError(
-        f"{where}: got {got}, expected {expected}; the reply cannot be used, check that the server is an "
-        "SGLang that returns output_ids"
-    )

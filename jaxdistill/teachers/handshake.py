@@ -4,13 +4,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from jaxdistill.errors import TeacherContractError, TeacherUnavailable
+from jaxdistill.errors import JaxDistillError, TeacherContractError
 from jaxdistill.records import Unscored
+from jaxdistill.servers import TEACHER, Peer, Transport
 from jaxdistill.teachers.checks import Asked, scoring_request
 from jaxdistill.teachers.config import ServedSettings
 from jaxdistill.teachers.identity import TeacherIdentity, canary_row, check_tokenizer, longest_row
 from jaxdistill.teachers.replies import read_reply
-from jaxdistill.teachers.transport import Transport
 from jaxdistill.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,10 @@ def meet(
 
     Raises `TeacherUnavailable`, `TeacherContractError`, or `ConfigError` for another tokenizer.
     """
-    lengths = _lengths(transport, settings)
+    lengths = longest_rows(TEACHER, transport)
     endpoints, longest = list(lengths), min(lengths.values())
+    if settings.context_length is not None:
+        longest = min(longest, settings.context_length)
     found = [_identify(transport, tokenizer, settings, asked, endpoint, longest) for endpoint in endpoints]
     for endpoint, other in zip(endpoints[1:], found[1:], strict=True):
         difference = found[0].difference(other, settings.canary_tolerance)
@@ -44,19 +46,18 @@ def meet(
     return found[0]
 
 
-def _lengths(transport: Transport, settings: ServedSettings) -> dict[str, int]:
-    """The longest row of each endpoint that answers, within what the settings allow; raises where none
-    does."""
+def longest_rows(peer: Peer, transport: Transport) -> dict[str, int]:
+    """The longest row that each endpoint reads, of those that answer; the others are warned of. Raises the
+    peer's `unavailable` where none does."""
     lengths: dict[str, int] = {}
-    silent: list[TeacherUnavailable] = []
+    silent: list[JaxDistillError] = []
     for endpoint in transport.endpoints:
         try:
             models = transport.get("/v1/models", endpoint=endpoint).body
-            longest = longest_row(models, _info(transport, SERVER_INFO, endpoint, needed=False), endpoint)
-        except TeacherUnavailable as error:
+            info = _info(peer, transport, SERVER_INFO, endpoint, needed=False)
+            lengths[endpoint] = longest_row(peer, models, info, endpoint)
+        except peer.unavailable as error:
             silent.append(error)
-            continue
-        lengths[endpoint] = min(longest, settings.context_length or longest)
     if not lengths:
         raise silent[0]
     for error in silent:
@@ -75,7 +76,7 @@ def _identify(
     def post(body: Any) -> Any:
         return transport.post("/generate", body, endpoint=endpoint).body
 
-    info = _info(transport, MODEL_INFO, endpoint, needed=True)
+    info = _info(TEACHER, transport, MODEL_INFO, endpoint, needed=True)
     same = check_tokenizer(post, tokenizer, longest, endpoint)
     canary = canary_row(tokenizer, longest)
     (read,) = read_reply(post(scoring_request([canary], asked)), [canary], asked, tokenizer.vocab_size)
@@ -94,19 +95,21 @@ def _identify(
     )
 
 
-def _info(transport: Transport, paths: Sequence[str], endpoint: str, *, needed: bool) -> dict[str, Any]:
+def _info(
+    peer: Peer, transport: Transport, paths: Sequence[str], endpoint: str, *, needed: bool
+) -> dict[str, Any]:
     """The first object that one of the paths answers; without one, empty where it is not needed."""
-    refused: TeacherContractError | None = None
+    refused: JaxDistillError | None = None
     for path in paths:
         try:
             info = transport.get(path, endpoint=endpoint).body
-        except TeacherContractError as error:
+        except peer.contract as error:
             refused = refused or error
             continue
         if isinstance(info, dict):
             return info
-        refused = refused or TeacherContractError(
-            f"teacher at {endpoint}: {path} answered {info!r:.80}, expected an object; check that the "
+        refused = refused or peer.contract(
+            f"{peer.at(endpoint)}: {path} answered {info!r:.80}, expected an object; check that the "
             "address is an SGLang server's"
         )
     if needed and refused is not None:

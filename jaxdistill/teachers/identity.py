@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxdistill.errors import ConfigError, TeacherContractError
 from jaxdistill.records import Unscored
+from jaxdistill.servers import Peer
 from jaxdistill.teachers.checks import Asked, ScoringRow, scoring_request
 from jaxdistill.teachers.replies import read_reply
 from jaxdistill.text import Tokenizer
@@ -95,7 +96,7 @@ def canary_distance(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.abs(np.subtract(one, other)).mean())
 
 
-def longest_row(models: Any, info: Any, where: str) -> int:
+def longest_row(peer: Peer, models: Any, info: Any, endpoint: str) -> int:
     """The longest row a server reads, from its `/v1/models` and, where it has one, its `/server_info`.
 
     A row of the whole context is refused (the server counts one token to come), and the scheduler's own
@@ -105,9 +106,9 @@ def longest_row(models: Any, info: Any, where: str) -> int:
     first = data[0] if isinstance(data, list) and data else None
     context = first.get("max_model_len") if isinstance(first, dict) else None
     if type(context) is not int or context < 2:
-        raise TeacherContractError(
-            f"teacher at {where}: /v1/models answered {models!r:.200}, expected data[0].max_model_len; check "
-            "that the address is an SGLang server's"
+        raise peer.contract(
+            f"{peer.at(endpoint)}: /v1/models answered {models!r:.200}, expected data[0].max_model_len; "
+            "check that the address is an SGLang server's"
         )
     most = info.get("max_req_input_len") if isinstance(info, dict) else None
     return min(context, most if type(most) is int and most > 1 else context) - 1

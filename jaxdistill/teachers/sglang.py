@@ -6,7 +6,6 @@ Joins whom it meets (`handshake`), what may be sent (`checks`), how it travels (
 Letters: S teacher response tokens.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from jaxdistill.records import (
     TokenSpans,
     Unscored,
 )
+from jaxdistill.servers import TEACHER, Policy, Reply, Transport, api_key
 from jaxdistill.teachers.base import teacher_views
 from jaxdistill.teachers.checks import (
     OWN_ONLY,
@@ -50,7 +50,6 @@ from jaxdistill.teachers.handshake import meet
 from jaxdistill.teachers.identity import TeacherIdentity, canary_distance, canary_row
 from jaxdistill.teachers.replay import ScoreRecorder
 from jaxdistill.teachers.replies import RowScores, read_reply
-from jaxdistill.teachers.transport import Policy, Reply, Transport
 from jaxdistill.text import Tokenizer
 
 
@@ -77,14 +76,16 @@ class SGLangTeacher:
         self.settings = settings
         self._checked = False
         configured = isinstance(settings, SGLangConfig)
-        key, hint = _api_key(settings.api_key_env if configured else None)
+        key, hint = api_key(TEACHER, settings.api_key_env if configured else None)
         if endpoints is None:
             endpoints = settings.endpoints if configured else ()
         self.tokenizer = tokenizer
         self._asked = _what_to_ask(settings, self.tokenizer)
         self._unscored: Counter[str] = Counter()
         self._recorder: ScoreRecorder | None = None
-        self._transport = Transport(endpoints, Policy.of(settings), api_key=key, key_hint=hint, gone=gone)
+        self._transport = Transport(
+            TEACHER, endpoints, Policy.of(settings), api_key=key, key_hint=hint, gone=gone
+        )
 
     def check(self) -> TeacherIdentity:
         """Ask every endpoint what it serves, before any work; errors as in `handshake.meet`.
@@ -189,7 +190,7 @@ class SGLangTeacher:
         for reply, group in zip(replies, groups, strict=True):
             *results, last = _results(reply, len(group) + 1)
             read = [
-                read_written(result, row, size, reply.endpoint)
+                read_written(TEACHER, result, row, size, reply.endpoint)
                 for result, row in zip(results, group, strict=True)
             ]
             (scored,) = read_reply([last], [canary], OWN_ONLY, size)
@@ -320,16 +321,3 @@ def _what_to_ask(settings: ServedSettings, tokenizer: Tokenizer) -> Asked:
     asked = Asked(settings.top_k, tokenizer.roles[role] if settings.end_logprobs else None)
     check_asked(asked, tokenizer.vocab_size)
     return asked
-
-
-def _api_key(name: str | None) -> tuple[str | None, str]:
-    """The key in environment variable `name`, and where it came from for messages."""
-    if name is None:
-        return None, ""
-    key = os.environ.get(name)
-    if not key:
-        raise ConfigError(
-            f"teacher.api_key_env names the environment variable {name}, which is not set; "
-            "export the teacher's API key in it"
-        )
-    return key, f"check the API key in the environment variable {name}"

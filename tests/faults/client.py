@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jaxdistill.teachers.transport import Policy, Reply, Transport
+from jaxdistill.servers import TEACHER
+from jaxdistill.servers.transport import Policy, Reply, Transport
 
 from .server import FaultServer
 
@@ -35,7 +36,7 @@ def quick(**changes: Any) -> Policy:
 def to(*servers: FaultServer | str, policy: Policy = QUICK, **more: Any) -> Iterator[Transport]:
     """A client of these servers or addresses."""
     urls = [server if isinstance(server, str) else server.url for server in servers]
-    transport = Transport(urls, policy, **more)
+    transport = Transport(TEACHER, urls, policy, **more)
     try:
         yield transport
     finally:

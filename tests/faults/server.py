@@ -13,6 +13,7 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,9 +38,10 @@ Edit = Callable[[list[Any]], Any]  # changes the honest reply in place, or retur
 class FaultServer:
     """Serves from `__enter__` on; `down()` and `up()` close the port and open the same one again.
 
-    What it saw: `bodies` and `headers` of the requests to `/generate`, `most_at_once`, `sent` bytes of
-    endless replies. `version`, `drift` (added to every log-probability: another model) and `schedule` may
-    be changed while it runs. `texts` decodes an id, for `return_text_in_logprobs`; None: no tokenizer.
+    What it saw: `updates` of its weights, `bodies` and `headers` of the requests to `/generate`,
+    `most_at_once`, `sent` bytes of endless replies. `version`, `drift` (added to every log-probability:
+    another model), `schedule` and `keeps_weights`, with which it refuses new ones, may be changed while it
+    runs. `texts` decodes an id, for `return_text_in_logprobs`; None: no tokenizer.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class FaultServer:
         self.schedule: Schedule = schedule or (lambda _: None)
         self.vocab_size, self.context, self.key, self.texts = vocab_size, context, key, texts
         self.version, self.drift = "default", 0.0
+        self.keeps_weights = False
+        self.updates: list[Any] = []
         self.bodies: list[Any] = []
         self.headers: list[Any] = []
         self.at_once = self.most_at_once = 0
@@ -101,6 +105,7 @@ class FaultServer:
                 web.post("/generate", self._generate),
                 web.get("/v1/models", self._models),
                 web.get("/model_info", self._info),
+                web.post("/update_weights_from_disk", self._update),
             ]
         )
         # As SGLang does, it stops working on a request whose client has gone.
@@ -123,6 +128,16 @@ class FaultServer:
             {"model_path": "fault", "model_type": "llama", "weight_version": self.version}
         )
 
+    async def _update(self, request: web.Request) -> web.Response:
+        """Takes weights that it can see, unless it is told not to."""
+        order = await request.json()
+        if self.keeps_weights or not Path(order["model_path"]).is_dir():
+            said = "Failed to get weights iterator"
+            return web.json_response({"success": False, "message": said}, status=400)
+        self.updates.append(order)
+        self.version = order["weight_version"]
+        return web.json_response({"success": True, "message": "Succeeded"})
+
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         number = len(self.bodies)
         body = orjson.loads(await request.read())
@@ -143,15 +158,17 @@ class FaultServer:
         count = len(body["input_ids"])
         settings = body["sampling_params"]
         settings = settings if isinstance(settings, list) else [settings] * count
-        rows = zip(body["input_ids"], body["logprob_start_len"], settings, strict=True)
+        starts = body["logprob_start_len"]
+        starts = starts if isinstance(starts, list) else [starts] * count
+        rows = zip(body["input_ids"], starts, settings, strict=True)
         return [
-            self._write(ids, params)
+            self._write(ids, params, body.get("return_logprob") is True)
             if params["max_new_tokens"]
             else {"meta_info": self._meta(body, ids, start)}
             for ids, start, params in rows
         ]
 
-    def _write(self, ids: Sequence[int], params: Any) -> dict[str, Any]:
+    def _write(self, ids: Sequence[int], params: Any, scored: bool) -> dict[str, Any]:
         """New tokens that are a function of the prompt and the seed, the first stop token among them."""
         stops = params["stop_token_ids"]
         state = prefix_states([*ids, params["sampling_seed"]])[-1]
@@ -161,6 +178,11 @@ class FaultServer:
         stopped = len(new) == length
         finish = {"type": "stop", "matched": new[-1]} if stopped else {"type": "length", "length": len(new)}
         meta = {"finish_reason": finish, "prompt_tokens": len(ids), "weight_version": self.version}
+        if scored:
+            states = prefix_states([*ids, *new])[len(ids) :]
+            meta["output_token_logprobs"] = [
+                [self.logprob(state, token), token, None] for state, token in zip(states, new, strict=False)
+            ]
         return {"text": "", "output_ids": new, "meta_info": meta}
 
     def _meta(self, body: Any, ids: Sequence[int], start: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdistill.collect import Collected, Sampled
+from jaxdistill.collect import Collected
 from jaxdistill.data import DataConfig, PromptStream
 from jaxdistill.errors import StaleRolloutError, TeacherUnavailable
 from jaxdistill.metrics import Stopwatch
@@ -42,14 +42,14 @@ class Recorder:
             Rollout(one, empty, spans, empty.astype(np.float32), True, self.version, str(step))
             for one in group
         ]
-        return Sampled(rollouts, 1)
+        return rollouts
 
-    def finish(self, sampled):
-        step = int(sampled.rollouts[0].vocabulary)
+    def finish(self, rollouts):
+        step = int(rollouts[0].vocabulary)
         time.sleep(self._seconds(step))
         if step == self._fails_at:
             raise TeacherUnavailable("gone")
-        return Collected(make_batch(), sampled.rollouts, None)
+        return Collected(make_batch(), rollouts, None)
 
 
 def taken(collector: Recorder, ahead: int) -> list[tuple[int, int]]:
@@ -84,10 +84,10 @@ def test_the_teacher_scores_while_the_step_trains():
     trains = [threading.Event() for _ in range(STEPS)]
 
     class Waiting(Recorder):
-        def finish(self, sampled):
-            step = int(sampled.rollouts[0].vocabulary)
+        def finish(self, rollouts):
+            step = int(rollouts[0].vocabulary)
             assert step == 0 or trains[step - 1].wait(30)
-            return super().finish(sampled)
+            return super().finish(rollouts)
 
     collector = Waiting()
     pipeline = pipeline_of(collector, 1)

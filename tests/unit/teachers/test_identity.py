@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxdistill.errors import ConfigError, TeacherContractError
+from jaxdistill.servers import TEACHER
 from jaxdistill.teachers import identity
 from jaxdistill.teachers.identity import (
     CANARY,
@@ -242,13 +243,13 @@ def test_recorded_texts_are_those_of_the_words(version: str, smollm2: Path) -> N
     ],
 )
 def test_the_longest_row_is_below_every_limit(most: int, info: Any, longest: int) -> None:
-    assert longest_row({"data": [{"max_model_len": most}]}, info, WHERE) == longest
+    assert longest_row(TEACHER, {"data": [{"max_model_len": most}]}, info, WHERE) == longest
 
 
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.23"])
 def test_a_recorded_context_is_read(version: str) -> None:
     stored = json.loads((RECORDED / version / "v1_models.json").read_text())
-    assert longest_row(stored["response"], {}, WHERE) == 8191
+    assert longest_row(TEACHER, stored["response"], {}, WHERE) == 8191
 
 
 @pytest.mark.parametrize(
@@ -256,4 +257,4 @@ def test_a_recorded_context_is_read(version: str) -> None:
 )
 def test_a_server_that_does_not_say_its_context_is_refused(models: Any) -> None:
     with pytest.raises(TeacherContractError, match=r"http://there: /v1/models .*max_model_len"):
-        longest_row(models, {}, WHERE)
+        longest_row(TEACHER, models, {}, WHERE)

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
+from jaxdistill.servers import TEACHER
+from jaxdistill.servers.transport import Policy, Transport
+from jaxdistill.servers.wire import _retry_after, server_message
 from jaxdistill.teachers.config import SGLangConfig
-from jaxdistill.teachers.transport import Policy, Transport
-from jaxdistill.teachers.wire import _retry_after, server_message
 from tests.faults import client
 from tests.faults.client import KEY, bodies, score, values
 from tests.faults.server import FaultServer, always, never, script, sends, slow, status
@@ -234,7 +235,7 @@ def test_an_early_refusal_of_a_large_request_is_heard(serving: Any) -> None:
     app = web.Application()
     app.add_routes([web.post("/generate", refuse)])
     with serving(app) as url:
-        transport = Transport([url], QUICK)
+        transport = Transport(TEACHER, [url], QUICK)
         try:
             began = time.monotonic()
             with pytest.raises(TeacherContractError, match="413: too large"):
@@ -246,7 +247,7 @@ def test_an_early_refusal_of_a_large_request_is_heard(serving: Any) -> None:
 
 def test_closing_twice_does_nothing_and_nothing_works_afterwards() -> None:
     with FaultServer() as server:
-        transport = Transport([server.url], QUICK)
+        transport = Transport(TEACHER, [server.url], QUICK)
         transport.close()
         transport.close()
         with pytest.raises(TeacherUnavailable, match=f"{server.url}: the connection was closed by this run"):
@@ -256,7 +257,7 @@ def test_closing_twice_does_nothing_and_nothing_works_afterwards() -> None:
 def test_closing_ends_what_another_thread_waits_for() -> None:
     heard: list[BaseException] = []
     with FaultServer(always(never)) as server:
-        transport = Transport([server.url], QUICK)
+        transport = Transport(TEACHER, [server.url], QUICK)
 
         def wait() -> None:
             try:
@@ -277,7 +278,7 @@ def test_closing_ends_what_another_thread_waits_for() -> None:
 @pytest.mark.parametrize("key", ["two words", "line\n", "ключ", "tab\t"])
 def test_a_key_no_header_can_carry_is_refused_unseen(key: str) -> None:
     with pytest.raises(ConfigError, match="see the variable X") as caught:
-        Transport(["http://127.0.0.1:1"], QUICK, api_key=key, key_hint="see the variable X")
+        Transport(TEACHER, ["http://127.0.0.1:1"], QUICK, api_key=key, key_hint="see the variable X")
     assert key not in str(caught.value)
 
 

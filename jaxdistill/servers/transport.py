@@ -1,8 +1,8 @@
-"""HTTP to a teacher for as long as a run takes: one session on one background thread.
+"""HTTP to a server and its replicas for as long as a run takes: one session on one background thread.
 
 What is worth another try (connection trouble, timeouts, 429, 5xx) is tried again with jittered
-exponential backoff until the time for the batch is used up, and ends as `TeacherUnavailable`; every other
-refusal is final and raises `TeacherContractError` with the server's own words. Endpoints that fail in a
+exponential backoff until the time for the batch is used up, and ends as unavailable; every other refusal is
+final and raises (`Peer` says what) with the server's own words. Endpoints that fail in a
 row are left alone and probed, with copies for whose replies nobody waits while other endpoints are well; a
 request that lags is sent a second time.
 """
@@ -20,11 +20,12 @@ from typing import Any, Literal
 import orjson
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
-from jaxdistill.errors import ConfigError, TeacherContractError, TeacherUnavailable
-from jaxdistill.teachers.config import ServedSettings
-from jaxdistill.teachers.endpoints import Endpoints, Lease
-from jaxdistill.teachers.hedging import Hedges
-from jaxdistill.teachers.wire import PassingFailure, Wire
+from jaxdistill.errors import ConfigError, JaxDistillError
+from jaxdistill.servers.config import RequestSettings
+from jaxdistill.servers.endpoints import Endpoints, Lease
+from jaxdistill.servers.hedging import Hedges
+from jaxdistill.servers.peer import Peer
+from jaxdistill.servers.wire import PassingFailure, Wire
 
 SMALL_REPLY = 2**20  # bytes; more than any reply that is not a batch of scores
 COUNTED = ("requests", "retries", "hedges", "breaker_openings")
@@ -32,7 +33,7 @@ COUNTED = ("requests", "retries", "hedges", "breaker_openings")
 
 @dataclass(frozen=True)
 class Policy:
-    """How patiently and how hard a teacher is asked; times in seconds (see `ServedSettings`)."""
+    """How patiently and how hard a server is asked; times in seconds (see `RequestSettings`)."""
 
     max_concurrency: int
     request_timeout_s: float
@@ -46,8 +47,8 @@ class Policy:
     hedge_share: float
 
     @classmethod
-    def of(cls, settings: ServedSettings) -> "Policy":
-        """The part of a teacher's settings that concerns requests."""
+    def of(cls, settings: RequestSettings) -> "Policy":
+        """The part of a server's settings that concerns requests."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
@@ -76,7 +77,7 @@ class _Call:
 
 
 class Transport:
-    """Requests to one teacher, on one or several equal endpoints; blocking from the outside.
+    """Requests to one server, on one or several equal endpoints; blocking from the outside.
 
     `api_key` is sent as a bearer token and never shown; `key_hint` says in a message where it comes
     from. `gone` ends the retries early once it returns true (the process behind it died).
@@ -84,6 +85,7 @@ class Transport:
 
     def __init__(
         self,
+        peer: Peer,
         endpoints: Sequence[str],
         policy: Policy,
         *,
@@ -98,16 +100,17 @@ class Transport:
             )
         self.endpoints = tuple(endpoints)
         self.policy = policy
+        self._peer = peer
         self._gone = gone
         self._counts: Counter[str] = Counter()
         self._random = random.Random()  # the process's own generator belongs to the run
         self._hedges = Hedges(policy.hedge_share)
         self._probes: set[asyncio.Task[Reply]] = set()  # those nobody waits for
         self._health = Endpoints(
-            self.endpoints, failures=policy.breaker_failures, probe_s=policy.breaker_probe_s
+            peer, self.endpoints, failures=policy.breaker_failures, probe_s=policy.breaker_probe_s
         )
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-http", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"{peer.name}-http", daemon=True)
         self._thread.start()
         self._wire, self._slots = self._wait(self._open(api_key, key_hint))
 
@@ -115,7 +118,7 @@ class Transport:
         """POST every body, at most `max_concurrency` at once; replies in the same order.
 
         `largest_reply[i]`: the most bytes a sound reply to body i has. The first final failure cancels
-        the rest and is raised; after `batch_budget_s` that is `TeacherUnavailable`.
+        the rest and is raised; after `batch_budget_s` that is the peer's `unavailable`.
         """
         pairs = zip(bodies, largest_reply, strict=True)
         calls = [_Call("POST", path, body, largest) for body, largest in pairs]
@@ -125,9 +128,25 @@ class Transport:
         self, path: str, body: Any, *, endpoint: str | None = None, largest_reply: int = SMALL_REPLY
     ) -> Reply:
         """POST one body, to the one `endpoint` if given, as a run asks at its start: the reply within
-        `start_timeout_s`, or `TeacherUnavailable`."""
+        `start_timeout_s`, or the peer's `unavailable`."""
         call = _Call("POST", path, body, largest_reply, endpoint)
         return self._wait(self._answer([call], "start_timeout_s"))[0]
+
+    def post_everywhere(self, path: str, body: Any) -> dict[str, Reply | JaxDistillError]:
+        """POST one body to every endpoint at once: the reply of each within `start_timeout_s`, or why there
+        is none."""
+
+        async def all_of_them() -> list[Any]:
+            calls = [_Call("POST", path, body, SMALL_REPLY, endpoint) for endpoint in self.endpoints]
+            asked = [self._answer([call], "start_timeout_s") for call in calls]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        found: dict[str, Reply | JaxDistillError] = {}
+        for endpoint, answer in zip(self.endpoints, self._wait(all_of_them()), strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, JaxDistillError):
+                raise answer
+            found[endpoint] = answer if isinstance(answer, JaxDistillError) else answer[0]
+        return found
 
     def get(self, path: str, *, endpoint: str | None = None) -> Reply:
         """GET one path, of the one `endpoint` if given; bounded as `post`."""
@@ -163,10 +182,10 @@ class Transport:
                 closed = True
             finally:
                 future.cancel()
-        raise TeacherUnavailable(f"teacher at {self._names}: the connection was closed by this run")
+        raise self._peer.unavailable(f"{self._peer.at(self._names)}: the connection was closed by this run")
 
     async def _open(self, api_key: str | None, key_hint: str) -> tuple[Wire, asyncio.Semaphore]:
-        wire = Wire(self.policy.request_timeout_s, api_key=api_key, key_hint=key_hint)
+        wire = Wire(self._peer, self.policy.request_timeout_s, api_key=api_key, key_hint=key_hint)
         return wire, asyncio.Semaphore(self.policy.max_concurrency)
 
     async def _shut(self) -> None:
@@ -187,11 +206,11 @@ class Transport:
             answered = sum(task.done() and not task.cancelled() for task in tasks)
         finally:
             await _give_up(tasks)
-        raise TeacherUnavailable(
-            f"teacher at {self._names} is unavailable: {answered} of {len(calls)} requests "
+        raise self._peer.unavailable(
+            f"{self._peer.at(self._names)} is unavailable: {answered} of {len(calls)} requests "
             f"({calls[0].method} {calls[0].path}) were answered within the {seconds:g} s "
-            f"of teacher.{budget}; {self._health.describe()}; check that the server runs, the address "
-            "is right and the time suits the work"
+            f"of {self._peer.name}.{budget}; {self._health.describe()}; check that the server runs, the "
+            "address is right and the time suits the work"
         )
 
     async def _persist(self, call: _Call) -> Reply:
@@ -209,11 +228,15 @@ class Transport:
                 return await retrying(self._try, call)
             except PassingFailure as last:
                 failure = last
-        why = "its process has ended" if self._gone() else "that is teacher.attempts; see the server's log"
-        raise TeacherUnavailable(
-            f"teacher at {failure.endpoint} is unavailable: {call.method} {call.path} failed {call.tries} "
-            f"time{'s' * (call.tries > 1)}, {call.broken} of them with status 500, at last with: {failure}; "
-            f"expected a reply; {why}"
+        why = (
+            "its process has ended"
+            if self._gone()
+            else f"that is {self._peer.name}.attempts; see the server's log"
+        )
+        raise self._peer.unavailable(
+            f"{self._peer.at(failure.endpoint)} is unavailable: {call.method} {call.path} failed "
+            f"{call.tries} time{'s' * (call.tries > 1)}, {call.broken} of them with status 500, at last "
+            f"with: {failure}; expected a reply; {why}"
         )
 
     def _stop(self, state: RetryCallState) -> bool:
@@ -319,7 +342,7 @@ class Transport:
             if failure.retry_after_s is not None:
                 self._health.put_off(lease.url, failure.retry_after_s)
             raise
-        except TeacherContractError:
+        except self._peer.contract:
             well = True
             raise
         finally:

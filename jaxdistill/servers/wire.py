@@ -19,7 +19,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-from jaxdistill.errors import TeacherContractError
+from jaxdistill.errors import JaxDistillError
+from jaxdistill.servers.peer import Peer
 
 CONNECT_TIMEOUT_S = 10.0
 LONGEST_ERROR_BYTES = 65536  # of an error reply that are read
@@ -32,7 +33,7 @@ METADATA = frozenset(
 
 
 class PassingFailure(Exception):
-    """One failed exchange that may go better the next time; never leaves the teachers' HTTP client."""
+    """One failed exchange that may go better the next time; never leaves this room."""
 
     def __init__(
         self,
@@ -65,7 +66,8 @@ class Wire:
     token; `key_hint` says in a message where it comes from.
     """
 
-    def __init__(self, timeout_s: float, *, api_key: str | None, key_hint: str):
+    def __init__(self, peer: Peer, timeout_s: float, *, api_key: str | None, key_hint: str):
+        self._peer = peer
         self._timeout_s = timeout_s
         self._api_key = api_key
         self._key_hint = key_hint
@@ -86,7 +88,7 @@ class Wire:
     ) -> Any:
         """The decoded JSON of the reply, read up to `largest` bytes.
 
-        Raises `PassingFailure` for what another try may mend, `TeacherContractError` for the rest.
+        Raises `PassingFailure` for what another try may mend, the peer's `contract` error for the rest.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -113,25 +115,25 @@ class Wire:
 
     def _failure(
         self, endpoint: str, what: str, error: TimeoutError | aiohttp.ClientError
-    ) -> TeacherContractError | PassingFailure:
+    ) -> JaxDistillError | PassingFailure:
         """Our word for an exchange that brought no whole reply."""
         said = self._quote(str(error))
         if isinstance(error, aiohttp.ClientSSLError):
-            return TeacherContractError(
-                f"teacher at {endpoint}: TLS failed ({said}); expected a certificate this machine trusts"
+            return self._peer.contract(
+                f"{self._peer.at(endpoint)}: TLS failed ({said}); expected a certificate this machine trusts"
             )
         if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, _ForbiddenAddress):
-            return TeacherContractError(
-                f"teacher at {endpoint}: got {error.os_error}, expected a server's; no request is sent to "
-                "where a machine's own credentials are handed out, check teacher.endpoint"
+            return self._peer.contract(
+                f"{self._peer.at(endpoint)}: got {error.os_error}, expected a server's; no request is sent "
+                f"to where a machine's own credentials are handed out, check {self._peer.name}.endpoint"
             )
         if isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):
             return PassingFailure(endpoint, f"{type(error).__name__}: {said}")
         if isinstance(error, TimeoutError):
             return PassingFailure(endpoint, f"no whole reply within {self._timeout_s:g} s", late=True)
-        return TeacherContractError(
-            f"teacher at {endpoint}: {what} got {type(error).__name__} ({said}), expected HTTP; check that "
-            "the address is an SGLang server's"
+        return self._peer.contract(
+            f"{self._peer.at(endpoint)}: {what} got {type(error).__name__} ({said}), expected HTTP; check "
+            "that the address is an SGLang server's"
         )
 
     def _judge(
@@ -144,16 +146,16 @@ class Wire:
     ) -> Any:
         """The decoded reply, or the reason why there is none. `content` None: more than `limit` bytes."""
         status = response.status
-        where = f"teacher at {endpoint}: {what}"
+        where = f"{self._peer.at(endpoint)}: {what}"
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if status == 200:
             if encoding != "identity":
-                raise TeacherContractError(
+                raise self._peer.contract(
                     f"{where} got Content-Encoding {self._quote(encoding)!r}, expected none: replies are "
                     "not decompressed; switch compression off in the proxy before the server"
                 )
             if content is None:
-                raise TeacherContractError(
+                raise self._peer.contract(
                     f"{where} got a reply of more than {limit} bytes, expected at most that for what was "
                     "asked; check that the address is an SGLang server's"
                 )
@@ -164,15 +166,17 @@ class Wire:
             pause = _retry_after(response.headers.get("Retry-After"))
             raise PassingFailure(endpoint, said, status=status, retry_after_s=pause)
         if 300 <= status < 400:
-            raise TeacherContractError(
+            raise self._peer.contract(
                 f"{where} got a redirect (status {status}) to "
                 f"{self._quote(response.headers.get('Location', ''))!r}, expected a reply; redirects are not "
-                "followed, set teacher.endpoint to the server itself"
+                f"followed, set {self._peer.name}.endpoint to the server itself"
             )
         advice = "the request will not be tried again"
         if status in (401, 403):
-            advice = self._key_hint or "set teacher.api_key_env to the name of the variable with its API key"
-        raise TeacherContractError(f"{where} got {said}, expected 200; {advice}")
+            advice = self._key_hint or (
+                f"set {self._peer.name}.api_key_env to the name of the variable with its API key"
+            )
+        raise self._peer.contract(f"{where} got {said}, expected 200; {advice}")
 
     def _decode(self, where: str, content: bytearray) -> Any:
         try:
@@ -184,7 +188,7 @@ class Wire:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
             reason = self._quote(str(error))
-        raise TeacherContractError(
+        raise self._peer.contract(
             f"{where} answered {self._quote(server_message(content))!r}, expected JSON ({reason}); check "
             "that the address is an SGLang server's"
         )

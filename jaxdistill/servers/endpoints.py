@@ -1,4 +1,4 @@
-"""The replicas of one teacher and their health: whom to ask next, whom to leave alone, when to try again.
+"""The replicas of one server and their health: whom to ask next, whom to leave alone, when to try again.
 
 Each endpoint has a circuit breaker. Closed: it is asked. Open: after some failures in a row it is left
 alone. Half open: after a while ONE of the requests at hand finds out whether it is back; the others go
@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+
+from jaxdistill.servers.peer import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,14 @@ class Endpoints:
 
     def __init__(
         self,
+        peer: Peer,
         urls: Sequence[str],
         *,
         failures: int,
         probe_s: float,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self._peer = peer
         self.openings = 0  # how often a breaker has opened so far
         self._all = {url: _Endpoint(url) for url in urls}
         self._limit = failures
@@ -171,8 +175,9 @@ class Endpoints:
         if endpoint.open_since is None:
             self.openings += 1
             logger.warning(
-                "teacher at %s is left alone after %d failures in a row, the last one: %s; one request each "
+                "%s at %s is left alone after %d failures in a row, the last one: %s; one request each "
                 "%g s, or more rarely while others are well, finds out whether it is back",
+                self._peer.name,
                 endpoint.url,
                 endpoint.failures,
                 endpoint.last_failure,
@@ -185,7 +190,7 @@ class Endpoints:
         if endpoint.open_since is None:
             return
         endpoint.open_since = None
-        logger.warning("teacher at %s answers again", endpoint.url)
+        logger.warning("%s at %s answers again", self._peer.name, endpoint.url)
         # Everyone who waits now goes on; who waits later waits for the next recovery.
         self._recovery.set()
         self._recovery = asyncio.Event()

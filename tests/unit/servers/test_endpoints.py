@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdistill.teachers.endpoints import Endpoints, Lease
-from jaxdistill.teachers.hedging import ENOUGH, MOST_SAVED, Hedges
+from jaxdistill.servers import TEACHER
+from jaxdistill.servers.endpoints import Endpoints, Lease
+from jaxdistill.servers.hedging import ENOUGH, MOST_SAVED, Hedges
 
 A, B, C = "http://a", "http://b", "http://c"
 
@@ -24,7 +25,7 @@ class Clock:
 
 def endpoints(*urls: str, failures: int = 3, probe_s: float = 5.0) -> tuple[Endpoints, Clock]:
     clock = Clock()
-    return Endpoints(urls, failures=failures, probe_s=probe_s, clock=clock), clock
+    return Endpoints(TEACHER, urls, failures=failures, probe_s=probe_s, clock=clock), clock
 
 
 def lent(health: Endpoints, only: str | None = None, avoid: str | None = None) -> Lease:
@@ -170,7 +171,7 @@ def test_a_request_from_before_does_not_stand_for_the_probe() -> None:
 
 
 async def _waiting(recover_after: float) -> tuple[float, int]:
-    health = Endpoints([A], failures=1, probe_s=0.2)
+    health = Endpoints(TEACHER, [A], failures=1, probe_s=0.2)
     fail(health, 1)
     began = time.monotonic()
 
