@@ -123,7 +123,7 @@ until healthy; do
     log_end
     fail 1 "the server was not healthy within START_TIMEOUT=$timeout s; the end of $log is above"
   fi
-  sleep 1 || true
+  sleep 0.5 || true
 done
 say "healthy at $TEACHER_URL after $SECONDS s"
 
