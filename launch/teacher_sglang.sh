@@ -89,7 +89,7 @@ end() { # the server and all it spawned, and the key
 }
 # shellcheck disable=SC2329
 pass_on() {
-  stopped=1
+  stopped=SIG$1
   [[ -z $child ]] || kill -"$1" -- "-$child" 2>/dev/null || true
 }
 trap end EXIT
@@ -114,7 +114,7 @@ healthy() { # no proxy stands between a server and its own machine
 build_opener(ProxyHandler({})).open(sys.argv[1], timeout=5)' "$TEACHER_URL/health_generate" 2>/dev/null
 }
 until healthy; do
-  [[ -z $stopped ]] || fail 75 "stopped before the teacher was healthy; run the same command again"
+  [[ -z $stopped ]] || fail 75 "got $stopped before the teacher was healthy; run the same command again"
   if ! alive "$server"; then
     log_end
     fail 1 "the server ended while starting; the end of $log is above"
@@ -136,7 +136,7 @@ if ((!${#command[@]})); then
   fail 1 "the server ended by itself; the end of $log is above"
 fi
 
-[[ -z $stopped ]] || fail 75 "stopped before the command was started; run the same command again"
+[[ -z $stopped ]] || fail 75 "got $stopped before the command was started; run the same command again"
 "${command[@]}" &
 child=$!
 gone=

@@ -189,10 +189,17 @@ def test_a_server_that_ends_is_told_with_the_end_of_its_log(machine: Machine) ->
     assert code == 0 and "ended while the command runs" in said
 
 
-def test_a_start_that_takes_too_long_is_ended(machine: Machine) -> None:
+def test_a_start_that_takes_too_long_is_ended_and_so_is_one_that_is_not_wanted_any_more(
+    machine: Machine,
+) -> None:
     (machine.folder / "site" / "sglang" / "launch_server.py").write_text("import time; time.sleep(60)")
     code, said = machine.run(str(machine.model), "--", "true", START_TIMEOUT="1")
     assert code == 1 and "not healthy within START_TIMEOUT=1 s" in said
+    script = machine.start(str(machine.model), "--", "true")
+    assert script.stdout is not None and "starting" in script.stdout.readline()
+    script.send_signal(signal.SIGTERM)
+    said, _ = script.communicate(timeout=30)
+    assert script.returncode == 75 and "got SIGTERM before the teacher was healthy" in said
 
 
 @pytest.mark.parametrize(

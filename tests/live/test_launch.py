@@ -39,6 +39,7 @@ def test_a_doctor_believes_the_teacher_that_the_script_serves(tmp_path: Path) ->
         env={
             **os.environ,
             **SETTINGS,
+            "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "16",  # so that the rows here are made in pieces too
             "SGLANG_PYTHON": str(python),
             "GPUS": "",
             "PORT": port,
