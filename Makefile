@@ -7,7 +7,7 @@ PYTHON_IN_VENV := .venv/bin/python
 help:
 	@echo "make quickstart   distil the shipped toy pair across tokenizers, with a report (about two minutes)"
 	@echo "make test         the tests (ARGS=\"-m slow\": the slow ones)"
-	@echo "make check        lint, format, types, layers"
+	@echo "make check        lint, format, types, layers, shell scripts"
 	@echo "make venv         only set up .venv (Python >= 3.12; name one with PYTHON=...)"
 
 venv:
@@ -25,3 +25,4 @@ check: venv
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 	.venv/bin/lint-imports
+	.venv/bin/shellcheck --external-sources $$(git ls-files '*.sh' '*.sbatch' .ci/run)

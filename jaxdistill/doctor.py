@@ -56,7 +56,7 @@ def examine(config: RunConfig) -> None:
     the first trouble is raised at the end, for its exit code."""
     student = Side.load(config.student.path, config.student.roles, config.student.chat_template)
     say(student.lines("student"))
-    inputs = read_inputs(config)  # all that a run reads, with its checks
+    inputs = read_inputs(config, shapes_only=True)  # all that a run reads but the weights, with its checks
     rows = read_prompts(config.data.path)
     say([f"data  {config.data.path}: {len(rows):,} prompts, {len(inputs.heldout):,} held out"])
     routes = Routes(config.all_teachers, config.run.seed)

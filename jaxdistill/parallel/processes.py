@@ -112,7 +112,9 @@ def find_place(
         address, there, which, devices = found
         if address is None or there is None or which is None or there == 1:
             return None
-        return Place(address, there, which, None if devices is None else list(devices))
+        if devices is None or os.environ.get("JAX_LOCAL_DEVICE_IDS"):  # JAX reads it where it is given none
+            return Place(address, there, which)
+        return Place(address, there, which, list(devices))
     missing = [name for name, value in zip(names, given, strict=True) if value is None]
     if missing:
         raise ConfigError(

@@ -67,6 +67,8 @@ def test_a_place_is_found_by_flags_by_variables_and_by_the_cluster(monkeypatch):
     found = ("node1:50000", 2, 0, [0])
     monkeypatch.setattr(processes.ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: found)
     assert processes.find_place() == found
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")  # its word counts, whatever the cluster says
+    assert processes.find_place() == ("node1:50000", 2, 0, None)
     for name, value in zip(NAMES, ("host:1", "4", "3"), strict=True):
         monkeypatch.setenv(name, value)
     assert processes.find_place() == ("host:1", 4, 3, None)
