@@ -18,7 +18,6 @@ from jaxdistill.align.side import Side
 from jaxdistill.align.texts import built_in
 from jaxdistill.cli import exit_code_of
 from jaxdistill.config import load
-from jaxdistill.data import read_prompts
 from jaxdistill.errors import JaxDistillError
 from jaxdistill.inputs import read_inputs
 from jaxdistill.records import Prompt, Rollout
@@ -53,10 +52,9 @@ def examine(config: RunConfig) -> None:
     student = Side.load(config.student.path, config.student.roles, config.student.chat_template)
     say(student.lines("student"))
     inputs = read_inputs(config)  # all that a run reads, with its checks
-    rows = read_prompts(config.data.path)
-    say([f"data  {config.data.path}: {len(rows):,} prompts, {len(inputs.heldout):,} held out"])
+    say([f"data  {config.data.path}: {len(inputs.rows):,} prompts, {len(inputs.heldout.prompts):,} held out"])
     routes = Routes(config.all_teachers, config.run.seed)
-    counts = Counter(routes.choose(row) for row in rows) if config.all_teachers else Counter()
+    counts = Counter(routes.choose(row) for row in inputs.rows) if config.all_teachers else Counter()
     troubles: list[JaxDistillError] = []
     for settings in config.all_teachers:
         try:
