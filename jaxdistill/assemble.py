@@ -154,7 +154,7 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
             batches=batches,
             place=partial(place_alike, mesh=inputs.mesh),
             evaluator=build_evaluator(
-                config, inputs, graphdef, inputs.heldout, inputs.heldout_references, teachers
+                config, inputs, graphdef, inputs.heldout.prompts, inputs.heldout.references, teachers
             ),
             checkpoints=checkpoints,
             metrics=metrics,
@@ -162,7 +162,10 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
             quarantine=RowFile(folder / f"quarantine{own}.jsonl"),
             skipped=SkippedBatches(folder / f"skipped{own}", config.optimizer.max_skipped),
             stop=stop or Stop(),
-            example_every=None if inputs.heldout else config.eval.every,
+            left_out=[
+                one.kept() for one in [*inputs.left_out, *inputs.heldout.left_out] if processes.leads()
+            ],
+            example_every=None if inputs.heldout.prompts else config.eval.every,
             stopwatch=stopwatch,
         )
 
@@ -249,7 +252,7 @@ def plan(config: RunConfig, device_memory: float | None = None) -> str:
             student_plan(inputs),
             f"compute: {inputs.decoder.compute_dtype.name}, attention by {inputs.decoder.attention}",
             *map(teacher_plan, config.all_teachers, inputs.vocabularies.teachers),
-            f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout)} held out",
+            f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout.prompts)} held out",
             f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
             *memory_plan(config, inputs, device_memory),

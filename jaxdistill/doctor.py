@@ -17,7 +17,6 @@ from jaxdistill.align.side import Side
 from jaxdistill.align.texts import built_in
 from jaxdistill.cli import CommandParser, exit_code_of, overrides
 from jaxdistill.config import load
-from jaxdistill.data import read_prompts
 from jaxdistill.errors import JaxDistillError
 from jaxdistill.inputs import read_inputs
 from jaxdistill.records import Prompt, Rollout
@@ -57,10 +56,9 @@ def examine(config: RunConfig) -> None:
     student = Side.load(config.student.path, config.student.roles, config.student.chat_template)
     say(student.lines("student"))
     inputs = read_inputs(config, shapes_only=True)  # all that a run reads but the weights, with its checks
-    rows = read_prompts(config.data.path)
-    say([f"data  {config.data.path}: {len(rows):,} prompts, {len(inputs.heldout):,} held out"])
+    say([f"data  {config.data.path}: {len(inputs.rows):,} prompts, {len(inputs.heldout.prompts):,} held out"])
     routes = Routes(config.all_teachers, config.run.seed)
-    counts = Counter(routes.choose(row) for row in rows) if config.all_teachers else Counter()
+    counts = Counter(routes.choose(row) for row in inputs.rows) if config.all_teachers else Counter()
     troubles: list[JaxDistillError] = []
     for settings in config.all_teachers:
         try:

@@ -23,6 +23,10 @@ class DataError(JaxDistillError, ValueError):
     exit_code = 2
 
 
+class TooLongError(DataError):
+    """A row of the data with more tokens than the run has room for."""
+
+
 class AlignmentError(DataError):
     """Two token sequences that cannot be put side by side, or a broken alignment."""
 

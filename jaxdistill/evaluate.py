@@ -83,7 +83,7 @@ def evaluate(
     assert file is not None  # one of the two is given
     config = load(file, overrides, RunConfig)
     student = read_student(config)
-    heldout, references = read_heldout(config, student.tokenizer)
+    heldout, references, _ = read_heldout(config, student.tokenizer)
     if not heldout:
         raise ConfigError(f"{file}: no held-out prompts; name a file with eval.path=...")
     graphdef, variables = nnx.split(student.decoder, nnx.Param)

@@ -1,8 +1,10 @@
 """What a run reads: data, student, tokenizers. Loaded and checked before anything is written or asked."""
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdistill.data import PromptStream, read_prompts
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, DataError, TooLongError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
 from jaxdistill.parallel import make_mesh, processes
 from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig, StudentConfig
-from jaxdistill.samplers import ReferenceSampler, render_prompt
+from jaxdistill.samplers import ReferenceSampler, RolloutConfig, render_prompt
 from jaxdistill.scorers import load_scorer
 from jaxdistill.students import (
     Decoder,
@@ -34,6 +36,30 @@ from jaxdistill.students.weights import _check_experts, _Reader
 from jaxdistill.teachers import Routes
 from jaxdistill.text import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+
+class LeftOut(NamedTuple):
+    """A row of `file` that there is no room for, and why, for people."""
+
+    file: Path
+    row: Prompt
+    detail: str
+
+    def kept(self) -> dict[str, Any]:
+        """What quarantine.jsonl keeps of it."""
+        about = {"source": self.row.source, "index": self.row.index}
+        return {"step": 0, "kind": "too_long", "detail": self.detail, "file": str(self.file), **about}
+
+
+class Heldout(NamedTuple):
+    """The held-out prompts, this process's share of their references, and the rows without room for one of
+    the two."""
+
+    prompts: list[Prompt]
+    references: list[Rollout]
+    left_out: list[LeftOut]
+
 
 @dataclass(frozen=True)
 class Student:
@@ -47,12 +73,14 @@ class Student:
 @dataclass(frozen=True)
 class Inputs(Student):
     """What a run reads: the student and the data, loaded and checked; nothing in it has side effects.
-    `heldout_references` are this process's share of the held-out rows' reference responses, if
-    `eval.references` asks for them; `vocabularies` has the teachers' tokenizers in the config's order."""
+    `prompts` goes through `rows`, `left_out` are the others, by `rollout.too_long`; `heldout.references` are
+    there if `eval.references` asks for them; `vocabularies` has the teachers' tokenizers in the config's
+    order."""
 
+    rows: list[Prompt]
+    left_out: list[LeftOut]
     prompts: PromptStream
-    heldout: list[Prompt]
-    heldout_references: list[Rollout]
+    heldout: Heldout
     references: ReferenceSampler
     vocabularies: Vocabularies
     objective: Objective
@@ -61,22 +89,24 @@ class Inputs(Student):
 def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
     """Load the data, the student (`shapes_only` as in `read_student`) and the tokenizers, and build the
     objective. Raises `ConfigError` or `DataError`."""
-    rows = read_prompts(config.data.path)
+    everything = read_prompts(config.data.path)
     if config.data.prompts_per_step % processes.count():
         raise ConfigError(
             f"data.prompts_per_step={config.data.prompts_per_step} is no multiple of the {processes.count()} "
             "processes of this run, which answer as many prompts each; change one of them"
         )
-    prompts = PromptStream(rows, config.data, seed=config.run.seed)
     student = read_student(config, shapes_only=shapes_only)
-    heldout, heldout_references = read_heldout(config, student.tokenizer)
-    # Every row is rendered once now: a row that does not fit is found here, not hours into the run.
+    heldout = read_heldout(config, student.tokenizer)
     references = ReferenceSampler(student.tokenizer, config.rollout, scored=config.objective.needs_teacher)
+    checks: list[Callable[[Prompt], Any]] = []
     if config.origins.most("student") or config.origins.most("teacher"):  # answered from the prompt alone
-        for row in rows:
-            render_prompt(student.tokenizer, row, config.rollout)
+        checks.append(lambda row: render_prompt(student.tokenizer, row, config.rollout))
     if config.origins.most("reference"):
-        references.sample(rows, step=0)
+        checks.append(lambda row: references.rollout(row, step=0))
+    rows, left_out = fitting(
+        config.data.path, everything, checks, config.rollout, least=config.data.prompts_per_step
+    )
+    prompts = PromptStream(rows, config.data, seed=config.run.seed)
     if config.reward is not None:
         scorer = load_scorer(config.reward.scorer)
         if not any([scorer.judges(row) for row in rows]):
@@ -85,16 +115,18 @@ def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
                 "answer, or for reasoning_gym its metadata); add it, or leave reward: out"
             )
     if config.all_teachers:
-        Routes(config.all_teachers, config.run.seed).check(row.source for row in [*rows, *heldout])
+        sources = [row.source for row in [*everything, *heldout.prompts]]
+        Routes(config.all_teachers, config.run.seed).check(sources)
     theirs = tuple(one.load_tokenizer() for one in config.all_teachers)
     vocabularies = Vocabularies(student.tokenizer, theirs)
     return Inputs(
         tokenizer=student.tokenizer,
         decoder=student.decoder,
         mesh=student.mesh,
+        rows=rows,
+        left_out=left_out,
         prompts=prompts,
         heldout=heldout,
-        heldout_references=heldout_references,
         references=references,
         vocabularies=vocabularies,
         objective=build_objective(config.objective, vocabularies),
@@ -180,25 +212,82 @@ def compute_dtype(config: StudentConfig) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Rollout]]:
+def fitting(
+    path: Path,
+    rows: Sequence[Prompt],
+    checks: Sequence[Callable[[Prompt], Any]],
+    rollout: RolloutConfig,
+    *,
+    least: int,
+) -> tuple[list[Prompt], list[LeftOut]]:
+    """The `rows` of the file at `path` that there is room for, which none of the `checks` raises
+    `TooLongError` for, and the others. All of them are rendered for it, before the run: a row that does not
+    fit is found now, not after hours.
+
+    Raises `DataError` where there are others and `rollout.too_long` says "stop", `ConfigError` where leaving
+    them out leaves fewer than `least`, and what else the checks raise.
+    """
+    kept, left_out = [], []
+    for row in rows:
+        try:
+            for check in checks:
+                check(row)
+        except TooLongError as error:
+            left_out.append(LeftOut(path, row, str(error)))
+        else:
+            kept.append(row)
+    if not left_out:
+        return kept, left_out
+    what = (
+        f"{path}: {len(left_out)} of {len(rows)} rows are longer than there is room for, the first: "
+        f"{left_out[0].detail}"
+    )
+    if rollout.too_long == "stop":
+        raise DataError(
+            f"{what}; raise that, or leave such rows out by rollout.too_long=drop (truncate: also cut "
+            "references where their room ends)"
+        )
+    what += f"; by rollout.too_long={rollout.too_long} they are left out"
+    if len(kept) < least:
+        raise ConfigError(
+            f"{what}, and {len(kept)} that remain are too few, expected at least {least}; make more room"
+        )
+    if processes.leads():
+        logger.warning(what)
+    return kept, left_out
+
+
+def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> Heldout:
     """The held-out prompts, and where `eval.references` asks for them the references of those that have one:
     the last assistant turn, which is what the teacher reads too.
 
-    Raises `ConfigError` where references are asked for and none is there, `DataError` for a row that does not
-    fit or that the scorer cannot use.
+    Raises `ConfigError` where references are asked for and none is there, `DataError` for a row that the
+    scorer cannot use, and what `fitting` raises.
     """
-    path = config.eval.path
-    prompts = [] if path is None else read_prompts(path)[: config.eval.prompts]
+    path, rollout = config.eval.path, config.rollout
+    if path is None:
+        prompts, left_out = [], []
+    else:
+        prompts, left_out = fitting(
+            path,
+            read_prompts(path)[: config.eval.prompts],
+            [lambda row: render_prompt(tokenizer, row, rollout)],
+            rollout,
+            least=1,
+        )
     scorer = load_scorer(config.eval.scorer)
     for row in prompts:
-        render_prompt(tokenizer, row, config.rollout)
         scorer.judges(row)
     if not config.eval.references:
-        return prompts, []
+        return Heldout(prompts, [], left_out)
     answered = [row for row in prompts if row.response is not None]
-    if not answered:
+    if path is None or not answered:
         raise ConfigError(
             f"eval.references=true, but no row of eval.path={path} has a reference: messages that end with "
             "the assistant's turn, or a 'response'; add them, or set eval.references=false"
         )
-    return prompts, ReferenceSampler(tokenizer, config.rollout, scored=True).sample(answered, step=0)
+    references = ReferenceSampler(tokenizer, rollout, scored=True)
+    answered, unmeasured = fitting(
+        path, answered, [lambda row: references.rollout(row, step=0)], rollout, least=1
+    )
+    return Heldout(prompts, references.sample(answered, step=0), left_out + unmeasured)

@@ -33,7 +33,7 @@ class Run:
     """Everything a run is made of; built by `assemble`. `frozen`: the parameters that are not trained, which
     with those of a state make the student. `example_every`: how often training responses go into the sample
     table, None where held-out ones do. `place` puts a batch on the devices. `quarantine`: responses that got
-    no scores, and prompts that got no response."""
+    no scores, and prompts that got no response; `left_out` comes before them, rows there is no room for."""
 
     dir: Path
     steps: int
@@ -51,6 +51,7 @@ class Run:
     metrics: MetricsLog
     samples: SampleLog
     quarantine: RowFile
+    left_out: Sequence[Mapping[str, Any]]
     skipped: SkippedBatches
     stop: Stop
     example_every: int | None
@@ -68,7 +69,7 @@ def train(run: Run) -> TrainState:
     first = int(state.step)
     run.metrics.resume_at(first)
     run.samples.resume_at(first)
-    run.quarantine.replace_from(first)
+    run.quarantine.replace_from(first, () if first else run.left_out)
     with processes.together("the first push of the weights"):
         run.policy.push(run.frozen | state.params, version=first)
     run.stopwatch.take()
@@ -172,6 +173,8 @@ def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str,
         means |= distillation_metrics(collected.scored, list(run.teachers.members) if run.teachers else [])
     counts = {} if run.teachers is None else run.teachers.take_counts()
     counts["tokens"] = float(sum(len(rollout.response) for rollout in collected.rollouts))
+    given = [one for one in collected.rollouts if one.origin != "student" and one.unwritten is None]
+    counts |= {"cut_rows": float(sum(not one.finished for one in given))} if given else {}
     counts = {f"counts/{name}": Mean(count, 1.0) for name, count in counts.items()}
     totals = processes.summed(f"the metrics of step {step}", means | counts)
     counts = {name.removeprefix("counts/"): float(totals.pop(name).total) for name in counts}

@@ -94,7 +94,8 @@ def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> di
         "data": {
             "fingerprint": inputs.prompts.fingerprint,
             "prompts": inputs.prompts.rows,
-            "heldout": len(inputs.heldout),
+            "heldout": len(inputs.heldout.prompts),
+            "left_out": len(inputs.left_out) + len(inputs.heldout.left_out),
         },
     }
 

@@ -59,10 +59,12 @@ class PromptStream:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of every row, in order."""
+    """A hash of every row, in order, and of its index where rows before it were left out: samples hang on
+    that too."""
     digest = hashlib.sha256()
-    for p in prompts:
+    for place, p in enumerate(prompts):
         row = [p.messages, p.answer, p.response, p.source, p.tools]
         row += [] if p.metadata is None else [p.metadata]
+        row += [] if p.index == place else [p.index]
         digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from jaxdistill.config import StrictConfig
-from jaxdistill.errors import DataError
+from jaxdistill.errors import DataError, TooLongError
 from jaxdistill.records import ORIGINS, Origin, Prompt, Rollout
 from jaxdistill.text import Tokenizer
 
@@ -58,8 +58,12 @@ class OriginsConfig(StrictConfig):
 class RolloutConfig(StrictConfig):
     """How responses are made. Lengths are in student tokens.
 
-    `samples_per_prompt` to each prompt, of at most `max_new_tokens`; prompts beyond `max_prompt_tokens` are
-    refused. `template_kwargs` are given to the student's chat template.
+    `samples_per_prompt` to each prompt, of at most `max_new_tokens`; prompts beyond `max_prompt_tokens` have
+    no room (`too_long`). `template_kwargs` are given to the student's chat template.
+
+    `too_long`: what becomes of a row of the data there is no room for. It ends the run before its first step,
+    or such rows are left out; with `truncate` a reference is cut where its room ends, and has no end of turn
+    then. A prompt is never cut: the teacher would read another one than the student.
 
     `max_staleness`: how many updates old the weights may be that a step's responses were sampled with; with 0
     every step waits for its own responses, with more the teacher scores while the student trains.
@@ -79,6 +83,7 @@ class RolloutConfig(StrictConfig):
     max_staleness: int = Field(default=0, ge=0)
     max_prompt_tokens: int = Field(default=256, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
+    too_long: Literal["drop", "truncate", "stop"] = "stop"
     temperature: float = Field(default=1.0, ge=0.0)
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -125,7 +130,8 @@ class Sampler(Protocol):
 def render_prompt(tokenizer: Tokenizer, prompt: Prompt, config: RolloutConfig) -> np.ndarray:
     """The prompt's ids by the student's template, int32 [P].
 
-    Raises `DataError` naming the row when it has no token, or more than `rollout.max_prompt_tokens`.
+    Raises `DataError` naming the row when it has no token, `TooLongError` when it has more than
+    `rollout.max_prompt_tokens`.
     """
     ids = tokenizer.render(prompt.messages, tools=prompt.tools, template_kwargs=config.template_kwargs)
     if not len(ids):
@@ -134,8 +140,8 @@ def render_prompt(tokenizer: Tokenizer, prompt: Prompt, config: RolloutConfig) -
             "on from; give it text, or a chat template that begins with a token"
         )
     if len(ids) > config.max_prompt_tokens:
-        raise DataError(
+        raise TooLongError(
             f"{prompt.source} row {prompt.index}: the prompt has {len(ids)} student tokens, more than "
-            f"rollout.max_prompt_tokens={config.max_prompt_tokens}; raise it or drop the row"
+            f"rollout.max_prompt_tokens={config.max_prompt_tokens}"
         )
     return ids

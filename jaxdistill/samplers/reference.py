@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.errors import DataError
+from jaxdistill.errors import DataError, TooLongError
 from jaxdistill.parallel import processes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers.base import RolloutConfig
@@ -31,13 +31,18 @@ class ReferenceSampler:
     def sample(self, prompts: Sequence[Prompt], step: int, *, samples: int | None = None) -> list[Rollout]:
         """The reference of each prompt of this process's share, once: a second sample would be the same one.
 
-        Raises `DataError` naming the row that has no reference, is too long, or cannot be rendered."""
-        return [self._rollout(prompts[number], step) for number in processes.share(len(prompts))]
+        Raises what `rollout` raises."""
+        return [self.rollout(prompts[number], step) for number in processes.share(len(prompts))]
 
     def push(self, params: Any, version: int) -> None:
         """References do not depend on the weights."""
 
-    def _rollout(self, prompt: Prompt, step: int) -> Rollout:
+    def rollout(self, prompt: Prompt, step: int) -> Rollout:
+        """The reference of one prompt. With `rollout.too_long` "truncate" one that is too long is cut where
+        its room ends: not finished, without an end of turn.
+
+        Raises `DataError` naming the row that has no reference or cannot be rendered, `TooLongError` where
+        there is no room for it, or with "truncate" not for one token of it."""
         where = f"{prompt.source} row {prompt.index}"
         if prompt.response is None:
             raise DataError(
@@ -55,17 +60,19 @@ class ReferenceSampler:
             raise DataError(f"{where}: {error}") from error
         start, stop = chat.turns[0].start, chat.turns[-1].stop
         longest = self.config.max_prompt_tokens + self.config.max_new_tokens
-        if stop > longest:
-            raise DataError(
+        fits = stop <= longest
+        if not fits and (self.config.too_long != "truncate" or start >= longest):
+            raise TooLongError(
                 f"{where}: the chat has {stop} student tokens up to the end of its last turn, more than "
-                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise them or drop the row"
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}"
             )
+        stop = min(stop, longest)
         return Rollout(
             prompt=prompt,
             prompt_ids=chat.ids[:start],
             response=self.tokenizer.spans(chat.ids[start:stop]),
             logprobs=np.zeros(stop - start, np.float32),
-            finished=True,
+            finished=fits,
             policy_version=step,
             vocabulary=self.tokenizer.vocab_fingerprint,
             assistant_mask=chat.assistant_mask[start:stop],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.data import read_prompts
-from jaxdistill.errors import DataError
+from jaxdistill.errors import DataError, TooLongError
 from jaxdistill.packing import pack
 from jaxdistill.records import Prompt
 from jaxdistill.samplers import ReferenceSampler, RolloutConfig
@@ -85,6 +85,42 @@ def test_a_typed_end_of_turn_ends_no_turn(tokenizer):
     row = rollout(tokenizer, Prompt([QUESTION], 0, "t", response=answer))
     ends = row.response.ids == tokenizer.roles["end_of_turn"]
     assert ends.sum() == 1 and ends[-1] and written(row, tokenizer) == f"Write {mark} there.".encode()
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("room", range(1, 9))
+def test_a_reference_that_is_too_long_is_cut_where_its_room_ends(tokenizer, room, scored):
+    """What is left is the beginning of the whole one, whose end of turn nobody is taught."""
+    prompt = Prompt([QUESTION], 0, "t", response=ANSWER)
+    whole = rollout(tokenizer, prompt, scored=scored)
+    sizes = {"max_prompt_tokens": len(whole.prompt_ids), "max_new_tokens": room}
+    cut = rollout(tokenizer, prompt, scored=scored, too_long="truncate", **sizes)
+    fits = len(whole.response) <= room
+    assert cut.finished is fits and (fits or tokenizer.roles["end_of_turn"] not in cut.response.ids)
+    np.testing.assert_array_equal(cut.prompt_ids, whole.prompt_ids)
+    np.testing.assert_array_equal(cut.response.ids, whole.response.ids[:room])
+    assert whole.response.data.startswith(cut.response.data)
+    assert len(cut.logprobs) == len(cut.assistant_mask) == len(cut.response)
+    pack([cut], [None], buckets=[len(whole.prompt_ids) + room], rows=1)  # it has room now
+
+
+def test_of_several_turns_the_cut_keeps_what_belongs_to_whom(tokenizer):
+    prompt = Prompt(CHAT, 0, "t", response=ANSWER)
+    whole = rollout(tokenizer, prompt)
+    room = len(whole.response) - 3
+    cut = rollout(
+        tokenizer, prompt, too_long="truncate", max_prompt_tokens=len(whole.prompt_ids), max_new_tokens=room
+    )
+    np.testing.assert_array_equal(cut.assistant_mask, whole.assistant_mask[:room])
+    assert not cut.finished and written(cut, tokenizer).startswith(b"It is 4.It")
+
+
+@pytest.mark.parametrize("too_long", ["stop", "drop", "truncate"])
+def test_without_room_for_one_token_of_it_nothing_is_cut(tokenizer, too_long):
+    prompt = Prompt([QUESTION], 7, "t", response=ANSWER)
+    size = len(tokenizer.render([QUESTION])) - 1
+    with pytest.raises(TooLongError, match=r"t row 7: the chat has .* more than rollout.max_prompt_tokens"):
+        rollout(tokenizer, prompt, too_long=too_long, max_prompt_tokens=size, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
