@@ -90,10 +90,10 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
         accumulation = config.optimizer.gradient_accumulation_steps
         graphdef = nnx.split(inputs.decoder, nnx.Param)[0]
         state, frozen = initial_state(inputs.decoder, optimizer, inputs.mesh)
-        policy = build_sampler(config, inputs, graphdef)
-        if isinstance(policy, SGLangSampler):
-            stack.callback(policy.close)
-            with processes.together("the meeting of the sampler's servers"):
+        with processes.together("the meeting of the sampler's servers"):
+            policy = build_sampler(config, inputs, graphdef)
+            if isinstance(policy, SGLangSampler):
+                stack.callback(policy.close)
                 policy.check()
         scoring = None
         if teachers is not None and config.objective.needs_teacher:

@@ -133,6 +133,9 @@ class Checkpoints:
         One that is damaged is put aside into `damaged` and the one before it taken. Raises `CheckpointError`
         where none can be read: a run never starts anew by itself."""
         steps = sorted(self._manager.all_steps(), reverse=True)
+        with processes.together("the seals of the checkpoints"):
+            if processes.leads():  # that of one removed by hand would call the next of its step damaged
+                self._seals.drop_others(steps)
         if not steps:
             return state
         template = jax.tree.map(
@@ -154,6 +157,7 @@ class Checkpoints:
         with processes.together(f"the move of checkpoints {sorted(failures)}"):
             if processes.leads():
                 self._put_aside(failures, step)
+                self._seals.drop_others(set(steps) - failures.keys())
         if failures:
             self._manager.reload()
         prompts.restore(restored["data"])

@@ -70,7 +70,7 @@ def train(run: Run) -> TrainState:
     run.metrics.resume_at(first)
     run.samples.resume_at(first)
     run.quarantine.replace_from(first, () if first else run.left_out)
-    with processes.together("the first push of the weights"):
+    with processes.together("the first push of the weights"), run.stop.at_once():
         run.policy.push(run.frozen | state.params, version=first)
     run.stopwatch.take()
     for step in range(first, run.steps):
@@ -96,11 +96,13 @@ def train(run: Run) -> TrainState:
             metrics = jax.device_get(metrics)
         values = step_values(run, step, collected, metrics)
         run.metrics.log(step, values)
-        with saved_on_failure(run, step + 1, state, run.batches.position):
-            run.policy.push(run.frozen | state.params, version=step + 1)
-            run.skipped.note(step, collected.batch, values)
         if run.example_every is not None and step % run.example_every == 0:
             run.samples.log(step, samples_of(collected.rollouts[:EXAMPLES], collected.scored))
+        # Apart: a push is a program over all processes, which none may miss.
+        with saved_on_failure(run, step + 1, state, run.batches.position):
+            run.skipped.note(step, collected.batch, values)
+        with saved_on_failure(run, step + 1, state, run.batches.position), run.stop.at_once():
+            run.policy.push(run.frozen | state.params, version=step + 1)
     position = run.batches.position
     with saved_on_failure(run, run.steps, state, position):
         evaluated = evaluate(run, run.frozen | state.params, run.steps)

@@ -211,6 +211,13 @@ class RunConfig(StrictConfig):
                     "filtered distribution gave a token, and keeps its cache as it was started to; leave it "
                     "out"
                 )
+        if self.rollout.max_staleness and self.rollout.temperature not in (0.0, 1.0):
+            raise ValueError(
+                f"rollout.temperature={self.rollout.temperature} with rollout.max_staleness="
+                f"{self.rollout.max_staleness} is for sampler.kind=local: a server is asked a second time "
+                "for what the model itself gave the tokens, and may have other weights by then; set one of "
+                "them to its default"
+            )
 
     def _check_reward(self) -> None:
         if self.reward is None and self.objective.reads_reward:

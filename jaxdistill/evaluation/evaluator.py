@@ -70,10 +70,10 @@ class Evaluator:
         - with references: `references/<figure>`, see `reference_figures`.
         """
         rollouts: list[Rollout] = []
-        for start in range(0, len(self.prompts), self.group):
-            rollouts += sampler.sample(self.prompts[start : start + self.group], step, samples=1)
         scored = None
         with processes.together(f"the scores of the evaluation before step {step}"):
+            for start in range(0, len(self.prompts), self.group):
+                rollouts += sampler.sample(self.prompts[start : start + self.group], step, samples=1)
             scorer = load_scorer(self.config.scorer)
             correct = [scorer(rollout) for rollout in rollouts]
             marked = [mark for mark in correct if mark is not None]

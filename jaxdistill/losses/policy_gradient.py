@@ -193,8 +193,9 @@ def surrogate(
     - `clip`: -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) (PPO, Schulman et al. 2017, equation 7): nothing
       is learnt from a token that has already moved by epsilon, since sampling or since the step began.
     - `truncate`: the gradient of -A log p, weighed by min(r, cap) (truncated importance sampling, Ionides
-      2008; Espeholt et al. 2018, section 4.1): unbiased up to the cap, which bounds the variance of stale
-      rows.
+      2008; Espeholt et al. 2018, section 4.1): up to the cap, which bounds the variance, the expectation is
+      that of a token drawn from the model now. What stands before the token stays the older policy's: of a
+      stale row that is not weighed.
 
     `logprob_mismatch` is |log r|: on fresh rows, how far whoever sampled computes from the trainer (nats)."""
     logprob, entropy = logprob_and_entropy(logits, targets["tokens"])

@@ -8,6 +8,7 @@ runs push to one server, each finds the other's replies to be none of its own.
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,9 +31,8 @@ class ServedWeights:
         self.version = -1
         self._transport = transport
         self._write = write
-        self._run: str = processes.gather("the label of the pushed weights", uuid4().hex[:8])[0]
+        self._run = ""
         self._folder = folder.expanduser().absolute()
-        self._fresh = True
 
     def push(self, params: Any, version: int) -> None:
         """Have all servers sample with `params` from now on.
@@ -40,25 +40,28 @@ class ServedWeights:
         A server that does not answer is left behind while another one takes them: its replies, once it is
         back, say that it did (`push_again`). Raises `SamplerUnavailable` where none answers,
         `SamplerContractError` where one refuses, `ConfigError` where the folder cannot be written."""
-        path = self._path(version)
-        if self._fresh and processes.leads():  # what a killed run has left
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._fresh = False
-        self._write(params, path)
+        if not self._run:
+            self._run = processes.gather("the label of the pushed weights", uuid4().hex[:8])[0]
+        if processes.leads():
+            self._make_room()
+        with processes.watched(f"the writing of the weights of version {version}"):
+            self._write(params, self._path(version))
         if processes.leads():
             self._tell(version)
-            for old in self._folder.iterdir():
-                # A server that is behind may still be loading the last one.
-                if old not in (path, self._path(self.version)):
-                    shutil.rmtree(old, ignore_errors=True)
         self.version = version
 
     def push_again(self, endpoint: str) -> None:
         """Have one server that is behind, or was restarted, load the newest version."""
         logger.warning("sampler at %s has other weights than version %d: they are pushed again",
                        endpoint, self.version)  # fmt: skip
-        reply = self._transport.post(UPDATE, self._order(self.version), endpoint=endpoint)
-        self._check(endpoint, reply.body)
+        try:
+            reply = self._transport.post(UPDATE, self._order(self.version), endpoint=endpoint)
+        except SamplerUnavailable as error:  # gone again: the others go on
+            if len(self._transport.endpoints) == 1:
+                raise
+            logger.warning("%s (it is left behind)", error)
+        else:
+            self._check(endpoint, reply.body)
 
     def version_of(self, label: str) -> int | None:
         """The version a reply's `weight_version` stands for; None for weights that are not of this run."""
@@ -69,6 +72,14 @@ class ServedWeights:
         """Remove the folder; the servers keep what they have loaded."""
         if processes.leads():
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _make_room(self) -> None:
+        """Remove what a killed run has left, and all but the last version, which a server that is behind may
+        still be loading. What cannot be removed stays: the other processes wait in the writing."""
+        with suppress(OSError):
+            for old in self._folder.iterdir():
+                if old != self._path(self.version):
+                    shutil.rmtree(old, ignore_errors=True)
 
     def _tell(self, version: int) -> None:
         answers = self._transport.post_everywhere(UPDATE, self._order(version))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from jaxdistill.errors import ConfigError, SamplerContractError
+from jaxdistill.errors import ConfigError, SamplerContractError, SamplerUnavailable
 from jaxdistill.parallel import processes
 from jaxdistill.records import Prompt, Rollout, Unscored
 from jaxdistill.samplers.base import RolloutConfig, render_prompt
@@ -142,6 +142,7 @@ class SGLangSampler:
     def _draw(self, groups: Sequence[Sequence[WritingRow]]) -> dict[int, _Sampled]:
         """Every row by its number, sampled with the weights pushed last before this call, or newer."""
         oldest, found, why = self._weights.version, {}, ""
+        gave_up: SamplerUnavailable | None = None
         for _ in range(ROUNDS):
             missing = [
                 rest for group in groups if (rest := [row for row in group if row.number not in found])
@@ -154,6 +155,7 @@ class SGLangSampler:
                 largest_reply=[sum(map(_largest, group)) for group in missing],
             )
             behind: set[str] = set()
+            gave_up = None
             for reply, group in zip(replies, missing, strict=True):
                 if not isinstance(reply.body, list) or len(reply.body) != len(group):
                     raise SamplerContractError(
@@ -162,10 +164,14 @@ class SGLangSampler:
                         "server's"
                     )
                 for result, row in zip(reply.body, group, strict=True):
-                    ids, finished, label = read_written(
-                        SAMPLER, result, row, self._vocabulary, reply.endpoint
-                    )
-                    version = self._weights.version_of(label)
+                    try:
+                        ids, finished, label = read_written(
+                            SAMPLER, result, row, self._vocabulary, reply.endpoint
+                        )
+                    except SamplerUnavailable as error:  # as a server does that is being ended
+                        gave_up = error
+                        continue
+                    version = self._version(result, label)
                     if version is None or version < oldest:
                         why = f"weight_version {label!r} from {reply.endpoint}, expected version {oldest}"
                         behind.add(reply.endpoint)
@@ -177,10 +183,22 @@ class SGLangSampler:
                         found[row.number] = self._ended(row, ids, logprobs, finished, version)
             for endpoint in sorted(behind):
                 self._weights.push_again(endpoint)
+        if gave_up is not None:
+            raise gave_up
         raise SamplerContractError(
             f"some rows had no usable sample after {ROUNDS} rounds, the last one: {why}; if another run "
             "pushes its weights to this server, give each run servers of its own"
         )
+
+    def _version(self, result: Any, label: str) -> int | None:
+        """The oldest weights that wrote any of a response: servers that take new ones in its middle list
+        them all. None where some are not of this run."""
+        spans = result["meta_info"].get("weight_versions")
+        labels = {label}
+        if isinstance(spans, list):
+            labels |= {str(span.get("version")) for span in spans if isinstance(span, dict)}
+        versions = [self._weights.version_of(one) for one in labels]
+        return None if None in versions else min(version for version in versions if version is not None)
 
     def _request(self, group: Sequence[WritingRow]) -> dict[str, Any]:
         rollout = self.rollout

@@ -28,6 +28,7 @@ from jaxdistill.servers.peer import Peer
 from jaxdistill.servers.wire import PassingFailure, Wire
 
 SMALL_REPLY = 2**20  # bytes; more than any reply that is not a batch of scores
+LOOK_AGAIN_S = 0.2  # whether an endpoint that owes an answer has been left alone meanwhile
 COUNTED = ("requests", "retries", "hedges", "breaker_openings")
 
 
@@ -134,18 +135,33 @@ class Transport:
 
     def post_everywhere(self, path: str, body: Any) -> dict[str, Reply | JaxDistillError]:
         """POST one body to every endpoint at once: the reply of each within `start_timeout_s`, or why there
-        is none."""
+        is none. Once one has replied, nobody waits for those that are left alone: one that is away would
+        cost the whole time at every call."""
 
         async def all_of_them() -> list[Any]:
             calls = [_Call("POST", path, body, SMALL_REPLY, endpoint) for endpoint in self.endpoints]
-            asked = [self._answer([call], "start_timeout_s") for call in calls]
-            return await asyncio.gather(*asked, return_exceptions=True)
+            tasks = [asyncio.create_task(self._answer([call], "start_timeout_s")) for call in calls]
+            try:
+                while running := [task for task in tasks if not task.done()]:
+                    if any(task.done() and task.exception() is None for task in tasks):
+                        pairs = zip(self.endpoints, tasks, strict=True)
+                        if all(task.done() or not self._health.usable(endpoint) for endpoint, task in pairs):
+                            break
+                    await asyncio.wait(running, timeout=LOOK_AGAIN_S)
+            finally:
+                await _give_up(tasks)
+            return await asyncio.gather(*tasks, return_exceptions=True)
 
         found: dict[str, Reply | JaxDistillError] = {}
         for endpoint, answer in zip(self.endpoints, self._wait(all_of_them()), strict=True):
-            if isinstance(answer, BaseException) and not isinstance(answer, JaxDistillError):
+            if isinstance(answer, asyncio.CancelledError):
+                found[endpoint] = self._peer.unavailable(
+                    f"{self._peer.at(endpoint)} is not waited for: {self._health.describe()}"
+                )
+            elif isinstance(answer, BaseException) and not isinstance(answer, JaxDistillError):
                 raise answer
-            found[endpoint] = answer if isinstance(answer, JaxDistillError) else answer[0]
+            else:
+                found[endpoint] = answer if isinstance(answer, JaxDistillError) else answer[0]
         return found
 
     def get(self, path: str, *, endpoint: str | None = None) -> Reply:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ConfigError
@@ -275,8 +276,11 @@ def _write(
         _write_config(unfinished / "config.json", dtype)
         _write_weights(tensors, values, unfinished, jnp.dtype(dtype))
         unfinished.rename(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own word for a full disk
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{path} cannot be written ({said}); make room, or choose another folder"
+        ) from error
 
 
 def _write_config(path: Path, dtype: StoredDtype) -> None:

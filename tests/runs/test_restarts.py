@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from jaxdistill import loop
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collector
+from jaxdistill.samplers import LocalSampler
 from jaxdistill.scoring import Scoring
 
 from .conftest import ROOT, apart, environment, rows, without_clocks, words
@@ -85,6 +87,25 @@ def test_a_signal_in_any_stage_costs_no_step(
     assert steps_saved(folder)[-1] == step
     assert train(folder, *served, *SHORT).returncode == 0
     assert compared(folder) == compared(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_a_push(train, served, tmp_path, monkeypatch):
+    """A server that hangs in it would keep the run for as long as it may take."""
+    spent = []
+
+    def hang():
+        began = time.monotonic()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            spent.append(time.monotonic() - began)
+
+    at_call(monkeypatch, LocalSampler, "push", 2, hang)
+    result = train(tmp_path / "run", *served, *SHORT, "eval.path=null")
+    assert result.returncode == 75 and steps_saved(tmp_path / "run") == [1]
+    assert spent[0] < 5 and len(rows(tmp_path / "run")) == 1
 
 
 def test_the_clock_ends_a_run_the_same_way(train, served, tmp_path):

@@ -193,6 +193,16 @@ def test_a_policy_gradient_without_the_students_own_rows_is_refused(kind: str) -
         config(objective={"kind": kind}, rollout={"origins": {"student": 0.0, "reference": 1.0}})
 
 
+def test_servers_are_not_asked_twice_with_weights_that_may_change_between() -> None:
+    sampler = {"kind": "sglang", "endpoint": "http://127.0.0.1:30001", "weights": "w"}
+    settings = {"temperature": 0.7, "max_staleness": 1}
+    objective = {"kind": "reverse_kl", "temperature_mismatch": "allow"}
+    config(objective=objective, rollout=settings)
+    config(objective=objective, sampler=sampler, rollout=settings | {"max_staleness": 0})
+    with pytest.raises(ValidationError, match=r"rollout\.temperature=0\.7 with rollout\.max_staleness=1"):
+        config(objective=objective, sampler=sampler, rollout=settings)
+
+
 def test_terms_that_want_different_rows_need_them_said() -> None:
     terms = [{"objective": {"kind": "reverse_kl"}}, {"objective": {"kind": "sft"}, "rows": ["reference"]}]
     with pytest.raises(ValidationError, match=r"want different rows.*rollout\.origins"):

@@ -8,9 +8,13 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from jaxdistill.batch import Mean
-from jaxdistill.errors import ConfigError, ProcessError, TeacherUnavailable
+from jaxdistill.errors import ConfigError, ProcessError, SamplerUnavailable, TeacherUnavailable
+from jaxdistill.evaluation import EvalConfig, Evaluator
 from jaxdistill.parallel import processes
-from jaxdistill.samplers import OriginsConfig, Schedule
+from jaxdistill.records import Prompt
+from jaxdistill.samplers import OriginsConfig, Schedule, SGLangSamplerConfig
+from jaxdistill.samplers.served_weights import ServedWeights
+from jaxdistill.servers import SAMPLER, Policy, Transport
 from jaxdistill.stopping import Stop, Stopped
 
 NAMES = ("JAXDISTILL_COORDINATOR", "JAXDISTILL_PROCESSES", "JAXDISTILL_PROCESS")
@@ -158,6 +162,34 @@ def test_all_end_as_the_one_that_failed(second):
     second({0: fine, 2: fine})
     with processes.together("x"):
         pass
+
+
+def test_an_evaluation_ends_alike_where_one_gets_no_responses(second):
+    class Gone:
+        def sample(self, prompts, step, *, samples=None):
+            raise SamplerUnavailable("gone")
+
+        def push(self, params, version):
+            raise AssertionError("an evaluation changes no weights")
+
+    service = second({0: [None, None], 2: [None, None]})
+    evaluator = Evaluator(EvalConfig(), [Prompt([], 0, "t")], None, 10, 2)
+    with pytest.raises(SamplerUnavailable):
+        evaluator(Gone(), None, 0)
+    assert json.loads(service.keys["jaxdistill/1/1"]) == [["SamplerUnavailable", "gone"], None]
+
+
+def test_the_others_are_not_met_before_the_first_push(second, tmp_path):
+    """One whose sampler cannot even be made would be waited for."""
+    service = second({0: "ab", 2: "cd"})
+    written = []
+    settings = SGLangSamplerConfig(endpoint="http://127.0.0.1:1", weights=tmp_path)
+    transport = Transport(SAMPLER, settings.endpoints, Policy.of(settings))
+    weights = ServedWeights(transport, tmp_path, lambda _, path: written.append(path))
+    assert not service.keys
+    weights.push(None, 3)
+    transport.close()
+    assert written == [tmp_path / "version-3"] and weights.version_of("ab.3") == 3
 
 
 def test_a_stop_of_one_is_a_stop_of_all_and_leaves_nothing_half_done(second):

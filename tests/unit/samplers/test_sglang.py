@@ -1,5 +1,6 @@
 """Students that sample on servers: which weights answered, what is believed, and servers that fall behind."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxdistill.text import Tokenizer
 from tests.faults.server import FaultServer, always, lies, prefix_states, script, status
 
 PROMPTS = [Prompt([{"role": "user", "content": f"Why {i}?"}], i, "t") for i in range(3)]
-QUICK = {"backoff_s": 0.01, "backoff_max_s": 0.02, "attempts": 2, "start_timeout_s": 1.0}
+QUICK = {"backoff_s": 0.01, "backoff_max_s": 0.02, "attempts": 2}
 VOCABULARY = 2**17  # of the model: more than the tokenizer has
 
 
@@ -26,15 +27,23 @@ def student() -> Tokenizer:
 
 @contextmanager
 def sampling(
-    student: Tokenizer, folder: Path, *servers: FaultServer, seed: int = 3, **rollout: Any
+    student: Tokenizer,
+    folder: Path,
+    *servers: FaultServer,
+    seed: int = 3,
+    patience: float = 1.0,
+    **rollout: Any,
 ) -> Iterator[SGLangSampler]:
     def write(params: Any, path: Path) -> None:
         path.mkdir(parents=True)
+        assert len(list(path.parent.iterdir())) <= 2  # what there is room for
         (path / "weights").write_text(str(params))
 
     settings: dict[str, Any] = {"max_new_tokens": 20, "samples_per_prompt": 2, "max_prompt_tokens": 64}
     sampler = SGLangSampler(
-        SGLangSamplerConfig(endpoint=[server.url for server in servers], weights=folder, **QUICK),
+        SGLangSamplerConfig(
+            endpoint=[server.url for server in servers], weights=folder, start_timeout_s=patience, **QUICK
+        ),
         RolloutConfig(**(settings | rollout)),
         student,
         write,
@@ -143,6 +152,72 @@ def test_one_server_may_be_away_all_may_not(student: Tokenizer, tmp_path: Path, 
         two.down()
         with pytest.raises(SamplerUnavailable):
             sampler.push("weights", 2)
+
+
+def test_one_that_is_away_does_not_cost_its_whole_time_at_every_push(
+    student: Tokenizer, tmp_path: Path
+) -> None:
+    with (
+        FaultServer() as one,
+        FaultServer() as two,
+        sampling(student, tmp_path, one, two, patience=60.0) as sampler,
+    ):
+        sampler.push("weights", 0)
+        two.down()
+        began = time.monotonic()
+        sampler.push("weights", 1)
+        sampler.push("weights", 2)
+        assert time.monotonic() - began < 20
+        assert {row.policy_version for row in sampler.sample(PROMPTS, 2)} == {2}
+
+
+def test_one_that_goes_before_it_is_given_the_weights_again_is_left_behind(
+    student: Tokenizer, tmp_path: Path, caplog: Any
+) -> None:
+    with FaultServer() as one, FaultServer() as two, sampling(student, tmp_path, one, two) as sampler:
+        sampler.push("weights", 0)
+        two.down()
+        sampler._weights.push_again(two.url)
+        assert "it is left behind" in caplog.text
+    with FaultServer() as only, sampling(student, tmp_path, only) as sampler:
+        sampler.push("weights", 0)
+        only.down()
+        with pytest.raises(SamplerUnavailable):
+            sampler._weights.push_again(only.url)
+
+
+@pytest.mark.parametrize("began", ["older", "another-run.7"])
+def test_a_response_counts_as_its_oldest_weights(student: Tokenizer, tmp_path: Path, began: str) -> None:
+    """Servers can take new weights in the middle of one, and list which wrote what."""
+
+    def mixed(reply: list[Any]) -> None:
+        meta = reply[0]["meta_info"]
+        label = meta["weight_version"]
+        older = label.replace(".8", ".7") if began == "older" else began
+        meta["weight_versions"] = [
+            {"version": older, "start": 0, "end": 1},
+            {"version": label, "start": 1, "end": 2},
+        ]
+
+    with FaultServer(script(lies(mixed))) as server, sampling(student, tmp_path, server) as sampler:
+        sampler.push("weights", 8)
+        sampler._weights.version = 7 if began == "older" else 8  # pushed while it was sampling
+        versions = [row.policy_version for row in sampler.sample(PROMPTS, 8)]
+        assert sorted(versions) == ([7] + [8] * 5 if began == "older" else [8] * 6)
+        assert len(server.bodies) == (3 if began == "older" else 4)
+
+
+def test_rows_that_a_server_gives_up_are_asked_for_again(student: Tokenizer, tmp_path: Path) -> None:
+    def aborted(reply: list[Any]) -> None:
+        reply[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "shutting down"}
+
+    with FaultServer(script(lies(aborted))) as server, sampling(student, tmp_path, server) as sampler:
+        sampler.push("weights", 0)
+        assert len(sampler.sample(PROMPTS, 0)) == 6
+    with FaultServer(always(lies(aborted))) as server, sampling(student, tmp_path, server) as sampler:
+        sampler.push("weights", 0)
+        with pytest.raises(SamplerUnavailable, match="gave up"):
+            sampler.sample(PROMPTS, 0)
 
 
 def test_ids_that_no_tokenizer_writes_are_drawn_anew(student: Tokenizer, tmp_path: Path) -> None:

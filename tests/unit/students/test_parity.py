@@ -7,6 +7,7 @@ Letters: B rows, T positions, D hidden, V vocabulary.
 """
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -140,6 +141,19 @@ def test_saving_gives_back_every_tensor_bit_for_bit(decoder: Decoder, folder: Pa
         assert saved[name].dtype == value.dtype
         assert saved[name].shape == value.shape, name
         assert saved[name].tobytes() == value.tobytes(), name
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
+    source = PARITY / "llama"
+    decoder = load_decoder(source)
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((source / "model.safetensors").stat().st_size // 2, most))
+    try:
+        with pytest.raises(ConfigError, match=r"saved cannot be written \(.*too large.*make room"):
+            save_decoder(decoder, tmp_path / "saved", source=source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_saved_model_is_the_same_model(
