@@ -54,7 +54,7 @@ def parser() -> CommandParser:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; the default is reached from this machine alone",
+        help="address to listen on (default: %(default)s, which this machine alone reaches)",
     )
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     parser.add_argument(
