@@ -168,7 +168,7 @@ class FaultServer:
             for ids, start, params in rows
         ]
 
-    def _write(self, ids: Sequence[int], params: Any, scored: bool) -> dict[str, Any]:
+    def _write(self, ids: Sequence[int], params: Any, scored: bool = False) -> dict[str, Any]:
         """New tokens that are a function of the prompt and the seed, the first stop token among them."""
         stops = params["stop_token_ids"]
         state = prefix_states([*ids, params["sampling_seed"]])[-1]
