@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.metrics import Stopwatch
-from jaxdistill.packing import bucket_of, pack
+from jaxdistill.packing import blank, bucket_of, pack
 from jaxdistill.parallel import processes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.rewards import Rewards
@@ -66,6 +66,9 @@ class Collector:
             with self.stopwatch.stage("reward"):
                 rewards, metrics = self.rewards(rollouts)
         with self.stopwatch.stage("pack"):
-            targets = [None] * len(rollouts) if scored is None else scored.targets
-            batch = pack(rollouts, targets, buckets=[length], rows=self.rows, rewards=rewards)
+            if rollouts:
+                targets = [None] * len(rollouts) if scored is None else scored.targets
+                batch = pack(rollouts, targets, buckets=[length], rows=self.rows, rewards=rewards)
+            else:  # all of the step's prompts are other processes', whose batches this one has the shapes of
+                batch = blank(self.rows, length, {} if self.scoring is None else self.scoring.parts)
         return Collected(batch, rollouts, scored, metrics)

@@ -159,7 +159,7 @@ def set_aside(run: Run, step: int, rollouts: Sequence[Rollout], scored: Scored |
     run.quarantine.append([{"step": step, **row} for row in rows])
     if scored is not None:
         run.teachers.check_share(scored.scores)
-    elif len(rows) == len(rollouts):
+    elif rows and len(rows) == len(rollouts):
         raise TeacherContractError(
             f"none of {len(rows)} prompts got a response; the first: {rows[0]['detail']}"
         )
