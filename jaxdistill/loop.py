@@ -128,7 +128,7 @@ def save(
     evaluated: Mapping[str, float] | None = None,
 ) -> None:
     """Save the state before `step`; no step the checkpoint counts may lack its row of metrics."""
-    run.metrics.flush()
+    run.metrics.flush(before=step)
     run.checkpoints.save(step, state, position, evaluated)
 
 
