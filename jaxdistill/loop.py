@@ -188,6 +188,7 @@ def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str,
         | {
             "learning_rate": float(run.learning_rate(int(values["updates"]))),
             "tokens_per_second": counts["tokens"] / times.pop("spent"),
+            "batch_length": float(collected.batch.tokens.shape[1]),
             **times,
         }
     )
