@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from jaxdistill.batch import Batch, Mean
 from jaxdistill.metrics import Stopwatch
-from jaxdistill.packing import pack
+from jaxdistill.packing import blank, pack
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.rewards import Rewards
 from jaxdistill.samplers import MixedSampler
@@ -54,6 +54,9 @@ class Collector:
             with self.stopwatch.stage("reward"):
                 rewards, metrics = self.rewards(rollouts)
         with self.stopwatch.stage("pack"):
-            targets = [None] * len(rollouts) if scored is None else scored.targets
-            batch = pack(rollouts, targets, buckets=self.buckets, rows=self.rows, rewards=rewards)
+            if rollouts:
+                targets = [None] * len(rollouts) if scored is None else scored.targets
+                batch = pack(rollouts, targets, buckets=self.buckets, rows=self.rows, rewards=rewards)
+            else:  # all of the step's prompts are other processes', whose batches this one has the parts of
+                batch = blank(self.rows, self.buckets[0], {} if self.scoring is None else self.scoring.parts)
         return Collected(batch, rollouts, scored, metrics)

@@ -131,7 +131,7 @@ def save(
     evaluated: Mapping[str, float] | None = None,
 ) -> None:
     """Save the state before `step`; no step the checkpoint counts may lack its row of metrics."""
-    run.metrics.flush()
+    run.metrics.flush(before=step)
     run.checkpoints.save(step, state, position, evaluated)
 
 
@@ -162,7 +162,7 @@ def set_aside(run: Run, step: int, rollouts: Sequence[Rollout], scored: Scored |
     run.quarantine.append([{"step": step, **row} for row in rows])
     if scored is not None:
         run.teachers.check_share(scored.scores)
-    elif len(rows) == len(rollouts):
+    elif rows and len(rows) == len(rollouts):
         raise TeacherContractError(
             f"none of {len(rows)} prompts got a response; the first: {rows[0]['detail']}"
         )
@@ -183,6 +183,7 @@ def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str,
     seconds, elapsed = run.stopwatch.take()
     times = {f"seconds/{name}": value for name, value in seconds.items()}
     times |= {"recompiles": float(run.stopwatch.recompiles), "spent": elapsed - seconds.get("evaluate", 0.0)}
+    times |= {"batch_length": float(collected.batch.tokens.shape[1])}  # the longest one's is that of all
     times = processes.worst(f"the times of step {step}", times)
     values = {name: mean.value for name, mean in (dict(metrics) | totals).items()}
     return (

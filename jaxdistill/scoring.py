@@ -3,7 +3,7 @@
 Letters: R student response tokens, S teacher response tokens, K proposals.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,11 @@ class Scoring:
         self._matches = {
             name: matching_ids(student, member.tokenizer) for name, member in members if "shared" in parts
         }
+
+    @property
+    def parts(self) -> Mapping[Part, int]:
+        """The optional parts that the targets have, with the number of their columns."""
+        return dict.fromkeys(self._parts, self._columns)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Scored:
         """All rollouts with scores, alignments and targets, in the order given. Raises what the teachers

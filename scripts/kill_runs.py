@@ -23,28 +23,26 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
+from toy_server import ROOT, served_teacher
 
 from jaxdistill.metrics import read_rows
-from jaxdistill.teachers.embedded import ANNOUNCEMENT
 
-ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 40, 2
 # Also how often the teacher was asked: a slow answer is asked for a second time.
 CLOCKS = ("seconds/", "tokens_per_second", "elapsed_seconds", "recompiles", "teacher/")
 
 
-def command(folder: Path, url: str) -> list[str]:
-    """The run, whose teacher is a server of its own: no kill touches it."""
+def command(folder: Path, teacher: Sequence[str]) -> list[str]:
+    """The run, whose `teacher` is a server of its own: no kill touches it."""
     settings = [f"run.dir={folder}", f"run.steps={STEPS}", f"checkpoint.every={EVERY}", "eval.every=20",
                 "eval.prompts=4", "data.prompts_per_step=4", "rollout.samples_per_prompt=2",
-                "teacher=null", "teacher.kind=sglang", "teacher.tokenizer=assets/toy/teacher",
-                f"teacher.endpoint={url}", "run.tensorboard=false"]  # fmt: skip
+                "run.tensorboard=false", *teacher]  # fmt: skip
     return [sys.executable, "-m", "jaxdistill.train", "--config", "configs/quickstart.yaml", *settings]
 
 
-def start(folder: Path, url: str) -> subprocess.Popen[str]:
+def start(folder: Path, teacher: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(folder, url), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(folder, teacher), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -70,9 +68,9 @@ def parameters(folder: Path) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state["params"])]
 
 
-def killed(folder: Path, url: str, after: float) -> bool:
+def killed(folder: Path, teacher: Sequence[str], after: float) -> bool:
     """Have the run go on and kill it `after` seconds behind its first new row; False where it was done."""
-    process = start(folder, url)
+    process = start(folder, teacher)
     try:
         before = len(rows_of(folder))
         while len(rows_of(folder)) <= before and process.poll() is None:
@@ -89,9 +87,9 @@ def killed(folder: Path, url: str, after: float) -> bool:
         process.wait()
 
 
-def trial(out: Path, url: str, times: int, seed: int) -> dict[str, Any]:
+def trial(out: Path, teacher: Sequence[str], times: int, seed: int) -> dict[str, Any]:
     """Kill and resume until `times` kills; see the module's text."""
-    finish = start(out / "whole", url)
+    finish = start(out / "whole", teacher)
     output, _ = finish.communicate()
     if finish.returncode:
         raise RuntimeError(f"the uninterrupted run failed:\n{output}")
@@ -99,10 +97,10 @@ def trial(out: Path, url: str, times: int, seed: int) -> dict[str, Any]:
     draw, kills, lost, runs, wrong = random.Random(seed), 0, [], 0, 0
     while kills < times:
         folder, runs = out / f"run-{runs}", runs + 1
-        while kills < times and killed(folder, url, draw.uniform(0, 1.5)):
+        while kills < times and killed(folder, teacher, draw.uniform(0, 1.5)):
             kills += 1
             lost.append(len(rows_of(folder)) - newest(folder))
-        last = start(folder, url)
+        last = start(folder, teacher)
         output, _ = last.communicate()
         same = last.returncode == 0 and rows_of(folder) == expected
         wrong += not (same and parameters(folder) == parameters(out / "whole"))
@@ -123,17 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    serve = [sys.executable, "-m", "jaxdistill.serve", "--model", "assets/toy/teacher", "--port", "0"]
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        subprocess.Popen(
-            [*serve, "--exit-with-parent"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as server,
-    ):
-        assert server.stdout is not None
-        url = server.stdout.readline().strip().removeprefix(ANNOUNCEMENT)
-        result = trial(arguments.out or Path(temporary), url, arguments.times, arguments.seed)
-        server.terminate()
+    with tempfile.TemporaryDirectory() as temporary, served_teacher() as teacher:
+        result = trial(arguments.out or Path(temporary), teacher, arguments.times, arguments.seed)
     print(json.dumps(result))
     return 0 if result["ok"] else 1
 

@@ -17,9 +17,9 @@ class MetricsLog:
     """One row a step in metrics.jsonl, however many calls bring its values.
 
     The row of a step is written when the next step begins, or at `flush()` and `close()`; call
-    `flush()` before a checkpoint is saved, so that no step the checkpoint counts lacks its row. Rows
-    carry whatever values their step had, and `elapsed_seconds`: the run's wall time so far, carried
-    over resumes.
+    `flush(before=step)` before a checkpoint of that step is saved, so that no step it counts lacks
+    its row. Rows carry whatever values their step had, and `elapsed_seconds`: the run's wall time so
+    far, carried over resumes.
 
     Without a `run_dir` nothing is written or shown: for a process whose rows another one writes.
 
@@ -84,11 +84,14 @@ class MetricsLog:
         self._plot(step, {name: row[name] for name in values})
         self._display.update(step, row)
 
-    def flush(self) -> None:
-        """Puts the pending row on disk. The step may still get values: they join its row."""
+    def flush(self, before: int | None = None) -> None:
+        """Puts the pending row on disk if its step is `before` the one given, or whatever it is. The step may
+        still get values: they join its row, for which the whole file is read and written again."""
         if self._row is None or self._written:
             return
         step = self._row["step"]
+        if before is not None and step >= before:
+            return
         if self._file.last_step == step:
             self._file.replace_from(step, [self._row])
         else:

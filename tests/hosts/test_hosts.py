@@ -76,7 +76,19 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize(("overrides", "counts"), [((), (2, 4)), (MIXED, (2,))], ids=["plain", "mixed"])
+# The one prompt of each origin is process 0's: the other process has rows of padding alone.
+FEW = (
+    "data.prompts_per_step=2",
+    "rollout.origins.student=0.5",
+    "rollout.origins.teacher=0.5",
+    "objective.credit=projected",
+    "teacher.top_k=8",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "counts"), [((), (2, 4)), (MIXED, (2,)), (FEW, (2,))], ids=["plain", "mixed", "few"]
+)
 def test_any_number_of_processes_gives_the_losses_of_one(served, tmp_path, overrides, counts):
     code, said = finish(start(1, 8, tmp_path / "1", *served, *overrides))
     assert code == 0, said
@@ -86,7 +98,7 @@ def test_any_number_of_processes_gives_the_losses_of_one(served, tmp_path, overr
         assert code == 0, said
         compare(tmp_path / "1", folder)
         assert [row["recompiles"] for row in rows(folder)[:-1]] == [0, 0, 0]
-        files = {"metrics.jsonl", "samples.jsonl", *(["quarantine.jsonl"] if overrides else [])}
+        files = {"metrics.jsonl", "samples.jsonl", *(["quarantine.jsonl"] if overrides is MIXED else [])}
         assert {path.name for path in folder.glob("*.jsonl")} == files
 
 

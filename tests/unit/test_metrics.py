@@ -150,6 +150,21 @@ def test_values_after_a_flush_join_their_row(tmp_path: Path) -> None:
     assert rows == [{"step": 0, "a": 1}, {"step": 1, "a": 2, "b": 3}]
 
 
+def test_a_row_that_is_not_whole_can_wait(tmp_path: Path) -> None:
+    """Once on disk, values that join it cost the whole file anew: in a long run more each time."""
+    path = tmp_path / "metrics.jsonl"
+    with quiet(tmp_path) as log:
+        log.log(0, {"a": 1})
+        log.log(1, {"eval/a": 2})
+        file = path.stat().st_ino
+        log.flush(before=1)
+        assert [row["step"] for row in read_rows(path)] == [0]
+        log.log(1, {"a": 3})
+        log.flush(before=2)
+        assert values(read_rows(path)) == [{"step": 0, "a": 1}, {"step": 1, "eval/a": 2, "a": 3}]
+        assert path.stat().st_ino == file  # a file that is written anew is another
+
+
 @given(data=st.data())
 @settings(max_examples=40)
 def test_each_step_stands_once_after_any_crashes(
@@ -166,7 +181,7 @@ def test_each_step_stands_once_after_any_crashes(
             if step % 3 == 0:
                 log.log(step, {"eval/accuracy": life})
             if data.draw(st.booleans(), label="checkpoint"):
-                log.flush()
+                log.flush(before=step)
                 checkpoint = step
             log.log(step, {"loss": life})
         if path.exists() and data.draw(st.booleans(), label="torn"):
