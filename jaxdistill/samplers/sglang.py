@@ -141,14 +141,11 @@ class SGLangSampler:
 
     def _draw(self, groups: Sequence[Sequence[WritingRow]]) -> dict[int, _Sampled]:
         """Every row by its number, sampled with the weights pushed last before this call, or newer."""
-        oldest, found, why = self._weights.version, {}, ""
+        found: dict[int, _Sampled] = {}
+        oldest, why = self._weights.version, ""
         gave_up: SamplerUnavailable | None = None
+        missing = [list(group) for group in groups]
         for _ in range(ROUNDS):
-            missing = [
-                rest for group in groups if (rest := [row for row in group if row.number not in found])
-            ]
-            if not missing:
-                return found
             replies = self._transport.post_all(
                 "/generate",
                 [self._request(group) for group in missing],
@@ -181,6 +178,11 @@ class SGLangSampler:
                     else:
                         logprobs = _logprobs(result, row, ids, reply.endpoint)
                         found[row.number] = self._ended(row, ids, logprobs, finished, version)
+            missing = [
+                rest for group in missing if (rest := [row for row in group if row.number not in found])
+            ]
+            if not missing:
+                return found
             for endpoint in sorted(behind):
                 self._weights.push_again(endpoint)
         if gave_up is not None:

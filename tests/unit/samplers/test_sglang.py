@@ -12,6 +12,7 @@ import pytest
 from jaxdistill.errors import ConfigError, SamplerContractError, SamplerUnavailable
 from jaxdistill.records import Prompt
 from jaxdistill.samplers import RolloutConfig, SGLangSampler, SGLangSamplerConfig
+from jaxdistill.samplers.sglang import ROUNDS
 from jaxdistill.text import Tokenizer
 from tests.faults.server import FaultServer, always, lies, prefix_states, script, status
 
@@ -127,6 +128,17 @@ def test_a_server_that_never_has_the_weights_ends_it(student: Tokenizer, tmp_pat
         with pytest.raises(SamplerContractError, match=r"another-run\.7.*servers of its own"):
             sampler.sample(PROMPTS, 0)
         assert len(server.updates) == 5  # once, and again after each round
+
+
+def test_the_last_round_counts(student: Tokenizer, tmp_path: Path) -> None:
+    def another(reply: list[Any]) -> None:
+        for row in reply:
+            row["meta_info"]["weight_version"] = "another-run.7"
+
+    rounds = [lies(another)] * (ROUNDS - 1) * len(PROMPTS)
+    with FaultServer(script(*rounds)) as server, sampling(student, tmp_path, server) as sampler:
+        sampler.push("weights", 0)
+        assert len(sampler.sample(PROMPTS, 0)) == 6 and len(server.bodies) == ROUNDS * len(PROMPTS)
 
 
 def test_weights_that_are_refused_end_it_with_the_folder_and_the_words(
