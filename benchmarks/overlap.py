@@ -65,7 +65,8 @@ def steps_of(config: RunConfig, latency: float, jitter: float) -> Steps:
     rows = read_rows(config.run.dir / "metrics.jsonl")[steady]
 
     def spent(stages: Sequence[str]) -> float:
-        return float(np.mean([sum(row[f"seconds/{name}"] for name in stages) for row in rows[1:]]))
+        # A stage of the thread behind may end twice in one step's row and not at all in the next one's.
+        return float(np.mean([sum(row.get(f"seconds/{name}", 0.0) for name in stages) for row in rows[1:]]))
 
     clock = np.diff([row["elapsed_seconds"] for row in rows])
     return Steps(float(clock.mean()), spent(TRAINER), spent(BEHIND))
