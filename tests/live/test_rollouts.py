@@ -46,7 +46,7 @@ def sampler_of(server: Server, folder: Path, **rollout: Any) -> SGLangSampler:
     config = load_decoder(server.folder).config
     return SGLangSampler(
         SGLangSamplerConfig(endpoint=server.url, weights=folder, dtype="float32"),
-        RolloutConfig(max_prompt_tokens=96, max_new_tokens=48, samples_per_prompt=3, **rollout),
+        RolloutConfig(max_prompt_tokens=96, max_new_tokens=48, samples_per_prompt=8, **rollout),
         tokenizer,
         partial(save_params, config=config, lora=None, source=server.folder, dtype="float32"),
         folder / "run",
@@ -70,7 +70,7 @@ def test_its_logprobs_are_those_of_the_trainer(lent: Server, tmp_path: Path, tem
         sampler.check()
         sampler.push(params, 1)
         rows = sampler.sample(prompts, 1)
-        assert len(rows) == 18 and {row.policy_version for row in rows} == {1}
+        assert len(rows) == 48 and {row.policy_version for row in rows} == {1}
         ours = StudentLogprobs(graphdef, mesh, [144], len(rows))(params, rows)
         for row, forward in zip(rows, ours, strict=True):
             np.testing.assert_allclose(row.own_logprobs, forward.logprobs, atol=ATOL)
@@ -79,7 +79,7 @@ def test_its_logprobs_are_those_of_the_trainer(lent: Server, tmp_path: Path, tem
         if temperature == 0.0:
             assert all(
                 np.array_equal(a.response.ids, b.response.ids)
-                for a, b in zip(rows[::3], rows[1::3], strict=True)
+                for a, b in zip(rows[::8], rows[1::8], strict=True)
             )
         sampler.push(nnx.to_pure_dict(variables), 2)
         after = sampler.sample(prompts, 1)
