@@ -167,8 +167,8 @@ def test_who_dies_or_stalls_is_named_by_the_other_within_the_timeout(served, tmp
     run = start(2, 1, folder, *served, *LONG, "run.barrier_timeout_s=45")
     other, hurt = processes_of(run, folder, 2)
     os.kill(hurt, number)
-    # The timeout counts from where it waits, a roll call of 10 s may follow, and before it come what is left of
-    # its own step and its compiling, which a loaded machine takes its time for.
+    # The timeout counts from where it waits, and a roll call of 10 s may follow. Before it come what is left
+    # of its own step and its compiling, which a loaded machine takes its time for.
     deadline = time.monotonic() + 45 + 10 + 30
     while Path(f"/proc/{other}").exists():
         assert time.monotonic() < deadline
