@@ -23,7 +23,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.evaluation import Evaluator, References, StudentLogprobs
 from jaxdistill.inputs import Inputs, Student, read_inputs
 from jaxdistill.loop import Run
-from jaxdistill.manifest import count_parameters, write_manifest
+from jaxdistill.manifest import check_texts, count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.optimizer import learning_rate, make_optimizer
 from jaxdistill.packing import lengthened
@@ -70,6 +70,7 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
         teachers: Teachers | None = None
         with processes.together("the start of the run"):
             inputs = read_inputs(config)
+            check_texts(config.run.dir, config, inputs, allowed)  # before a teacher takes its time
             if config.all_teachers:
                 teachers = build_all(config.all_teachers, inputs.vocabularies.teachers, seed=config.run.seed)
                 stack.callback(teachers.close)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,27 @@ class _Recorded(NamedTuple):
     teachers: Mapping[str, TeacherIdentity]
 
 
+def check_texts(folder: Path, config: RunConfig, inputs: Inputs, allowed: Collection[str] = ()) -> None:
+    """Raise `ConfigError` where `write_manifest` would for data, tokenizer or a chat template, before any
+    teacher is started or asked for the run."""
+    if not has_begun(folder):
+        return
+    path = folder / "manifest.json"
+    templates = {
+        f"teachers.{one.name}.chat_template": tokenizer.template_fingerprint
+        for one, tokenizer in zip(config.all_teachers, inputs.vocabularies.teachers, strict=True)
+    }
+    now = {
+        "student.chat_template": inputs.tokenizer.template_fingerprint,
+        **templates,
+        "student.tokenizer": inputs.tokenizer.fingerprint,
+        "data.fingerprint": inputs.prompts.fingerprint,
+    }
+    before = _read(path, config)
+    _check_all_there(path, before, [one.name for one in config.all_teachers])
+    _check_fingerprints(path, before.fingerprints, now, allowed)
+
+
 def write_manifest(
     folder: Path,
     config: RunConfig,
@@ -43,12 +64,7 @@ def write_manifest(
     facts = manifest(config, inputs, teachers)
     if has_begun(folder):
         before, now = _read(path, config), _recorded(facts, config)
-        missing = [name for name in now.teachers if name not in before.teachers]
-        if missing:
-            raise ConfigError(
-                f"{path} says nothing of teacher {missing[0]!r}, although the run has begun; restore it, or "
-                "use another run.dir"
-            )
+        _check_all_there(path, before, now.teachers)
         _check_fingerprints(path, before.fingerprints, now.fingerprints, allowed)
         for name, identity in now.teachers.items():
             if f"teachers.{name}" in allowed:
@@ -111,6 +127,15 @@ def check_base(run: Path, config: RunConfig) -> None:
     path = run / "manifest.json"
     if now := {f"student.{name}": value for name, value in _base(config).items()}:
         _check_fingerprints(path, _read(path, config).fingerprints, now, ())
+
+
+def _check_all_there(path: Path, before: _Recorded, teachers: Iterable[str]) -> None:
+    for name in teachers:
+        if name not in before.teachers:
+            raise ConfigError(
+                f"{path} says nothing of teacher {name!r}, although the run has begun; restore it, or "
+                "use another run.dir"
+            )
 
 
 def _check_fingerprints(
