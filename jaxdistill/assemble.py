@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from jaxdistill.inputs import Inputs, Student, read_inputs
 from jaxdistill.loop import Run
 from jaxdistill.manifest import check_texts, count_parameters, write_manifest
 from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
+from jaxdistill.model_folders import model_folder
 from jaxdistill.optimizer import learning_rate, make_optimizer
 from jaxdistill.packing import lengthened
 from jaxdistill.parallel import processes
@@ -186,7 +186,7 @@ def build_sampler(
             save_params,
             config=inputs.decoder.config,
             lora=config.student.lora,
-            source=Path(config.student.path),
+            source=model_folder(config.student.path),
             dtype=config.sampler.dtype,
         ),
         # Several runs may share the folder; the same one finds its own again.
@@ -276,7 +276,8 @@ def teacher_plan(config: TeacherConfig, tokenizer: Tokenizer) -> str:
     """One line on the configured teacher, after reading the files it needs here."""
     match config:
         case EmbeddedConfig():
-            where = f"{config.model}, {read_config(Path(config.model)).num_layers} layers"
+            folder = model_folder(config.model, weights=False)
+            where = f"{config.model}, {read_config(folder).num_layers} layers"
         case ReplayConfig():
             where = f"of {config.path} (not read)"
         case _:

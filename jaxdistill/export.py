@@ -17,6 +17,7 @@ from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.manifest import check_base
+from jaxdistill.model_folders import model_folder
 from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import config_of
@@ -92,7 +93,7 @@ def export(
         raise ConfigError(f"{out} exists and is no export (no {PROVENANCE}); choose another --out")
     config = load(resolved, [], RunConfig)
     chat_template = _chat_template(config)
-    lora, source = config.student.lora, Path(config.student.path)
+    lora, source = config.student.lora, model_folder(config.student.path)
     if adapters and lora is None:
         raise ConfigError(f"{run} has no adapters: it was made without student.lora; leave --adapters out")
     check_base(run, config)
@@ -128,7 +129,7 @@ def export(
 def _whole(config: RunConfig, trained: Any, mesh: Mesh) -> Decoder:
     """The student on `mesh` as a model of its family: what was trained, merged into the rest where there is
     a rest."""
-    source = Path(config.student.path)
+    source = model_folder(config.student.path)
     if config.student.lora is None:
         return nnx.merge(nnx.split(abstract_decoder(read_config(source)), nnx.Param)[0], trained)
     graphdef, base = nnx.split(load_decoder(source, mesh=mesh), nnx.Param)

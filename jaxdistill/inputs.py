@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError, DataError, TooLongError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
+from jaxdistill.model_folders import model_folder
 from jaxdistill.parallel import make_mesh, processes
 from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.records import Prompt, Rollout
@@ -143,14 +144,15 @@ def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
     mesh = make_mesh(config.mesh)
     dtype = compute_dtype(config.student)
     lengths = sorted({config.rollout.max_prompt_tokens, *config.buckets})
-    shape = read_config(Path(config.student.path))
+    folder = model_folder(config.student.path)
+    shape = read_config(folder)
     attention = choose_attention(config.student.attention, shape, lengths, dtype, mesh)
     if shapes_only:
         decoder = student_shapes(config.student, shape, mesh, attention)
-        check_folder(Path(config.student.path), decoder, mesh)
+        check_folder(folder, decoder, mesh)
     else:
         decoder = load_decoder(
-            config.student.path,
+            folder,
             mesh=mesh,
             compute_dtype=dtype,
             remat=config.student.remat,
@@ -159,7 +161,7 @@ def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
             seed=config.run.seed,
         )
     tokenizer = Tokenizer.load(
-        config.student.path, roles=config.student.roles, chat_template=config.student.chat_template
+        str(folder), roles=config.student.roles, chat_template=config.student.chat_template
     )
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ConfigError(

@@ -14,6 +14,7 @@ from jaxdistill.config import flat
 from jaxdistill.errors import ConfigError, TeacherContractError
 from jaxdistill.inputs import Inputs
 from jaxdistill.metrics import write_atomically
+from jaxdistill.model_folders import hub_commit, model_folder
 from jaxdistill.run_config import RunConfig
 from jaxdistill.run_folder import has_begun
 from jaxdistill.students.tensor_files import fingerprint
@@ -94,6 +95,7 @@ def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> di
         "mesh": dict(inputs.mesh.shape),
         "student": {
             "path": config.student.path,
+            "hub_commit": hub_commit(config.student.path),
             "tokenizer": inputs.tokenizer.fingerprint,
             "chat_template": inputs.tokenizer.template_fingerprint,
             "parameters": count_parameters(inputs.decoder),
@@ -118,7 +120,7 @@ def manifest(config: RunConfig, inputs: Inputs, teachers: Teachers | None) -> di
 
 def _base(config: RunConfig) -> dict[str, str]:
     """The fingerprint of the weights beside adapters, which no checkpoint has; without adapters nothing."""
-    return {} if config.student.lora is None else {"weights": fingerprint(Path(config.student.path))}
+    return {} if config.student.lora is None else {"weights": fingerprint(model_folder(config.student.path))}
 
 
 def check_base(run: Path, config: RunConfig) -> None:

@@ -60,7 +60,8 @@ class RunSection(StrictConfig):
 
 
 class StudentConfig(StrictConfig):
-    """The model that learns: a folder in Hugging Face format. `roles` overrides which token
+    """The model that learns. `path` is a folder in Hugging Face format, or a hub id such as Qwen/Qwen3-1.7B,
+    with a branch, tag or commit as Qwen/Qwen3-1.7B@REVISION (docs/models.md). `roles` overrides which token
     plays which role, e.g. {end_of_turn: "<|im_end|>"}; `chat_template` is a Jinja file in place of the
     folder's own (configs/templates/completion.jinja: plain text, for base models).
 

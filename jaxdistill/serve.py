@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.errors import ConfigError
+from jaxdistill.model_folders import model_folder
 
 PARENT_POLL_S = 1.0
 GRACE_S = 3.0  # after a signal, for the request that runs
@@ -46,7 +47,7 @@ def parser() -> CommandParser:
         "serve", "Serve a model folder over HTTP, in the subset of SGLang's interface that a run uses."
     )
     parser.add_argument(
-        "--model", required=True, type=Path, metavar="DIR", help="model folder in Hugging Face format"
+        "--model", required=True, metavar="DIR", help="model folder in Hugging Face format, or a hub id"
     )
     parser.add_argument(
         "--port", required=True, type=int, metavar="N", help="port to listen on; 0 takes a free one"
@@ -111,7 +112,8 @@ def _exit_with(parent: int) -> None:
     os._exit(0)
 
 
-def _model_folder(folder: Path) -> Path:
+def _model_folder(name: str) -> Path:
+    folder = model_folder(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"no model at {folder}: expected a folder with config.json and *.safetensors; "

@@ -98,7 +98,7 @@ class EmbeddedConfig(ServedSettings):
     """`teacher.kind: embedded`: a model folder this run serves itself, in a child process."""
 
     kind: Literal["embedded"] = "embedded"
-    model: str = Field(min_length=1, description="folder of the model to serve")
+    model: str = Field(min_length=1, description="folder or hub id of the model to serve")
     tokenizer: str | None = Field(default=None, description="folder or hub id (default: `model`)")
     start_timeout_s: float = Field(default=180.0, gt=0, description="time to load, listen and answer")
 

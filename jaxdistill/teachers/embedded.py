@@ -12,10 +12,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import IO
 
 from jaxdistill.errors import ConfigError, TeacherUnavailable
+from jaxdistill.model_folders import model_folder
 from jaxdistill.records import Prompt, Rollout, TeacherScores, Unscored
 from jaxdistill.teachers.config import EmbeddedConfig
 from jaxdistill.teachers.generation import Written
@@ -37,16 +37,11 @@ class EmbeddedTeacher:
     identity: TeacherIdentity  # what `check` found
 
     def __init__(self, config: EmbeddedConfig, tokenizer: Tokenizer):
-        """Start the child and wait until it answers. Raises `ConfigError` for a missing model folder
-        and `TeacherUnavailable` (with the end of the child's log) where it does not come up."""
-        if not (Path(config.model) / "config.json").is_file():
-            raise ConfigError(
-                f"teacher.model: no model at {config.model}, expected a folder with config.json and "
-                "*.safetensors; check the path"
-            )
+        """Start the child and wait until it answers. Raises `ConfigError` for a missing model, and
+        `TeacherUnavailable` (with the end of the child's log) where it does not come up."""
         self.name = config.name
         self.tokenizer = tokenizer
-        self._server = _Server(config.model, config.roles)
+        self._server = _Server(str(model_folder(config.model)), config.roles)
         with ExitStack() as undo:
             undo.callback(self._server.stop)
             endpoint = self._server.wait(config.start_timeout_s)

@@ -1,25 +1,13 @@
 """Reads what a tokenizer folder holds; nothing here interprets it."""
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.errors import ConfigError
-
-_PATTERNS = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "config.json",
-]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+from jaxdistill.model_folders import model_folder
 
 
 @dataclass(frozen=True)
@@ -38,29 +26,6 @@ class TokenizerFiles:
     model: Mapping[str, Any]
     templates: Mapping[str, str]
     template_where: str
-
-
-def locate(path: str) -> Path:
-    """The folder for `path`: itself, or the tokenizer files of a hub id (weights are not fetched).
-
-    Raises ConfigError when it is neither.
-    """
-    folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
-        return folder
-    if not _HUB_ID.fullmatch(path):
-        raise ConfigError(f"{path}: no such folder; expected one with tokenizer.json, or a hub id")
-    # Imported here: it is only needed for hub ids, and slow to load.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"{path}: no such folder here, and no such tokenizer could be fetched from the hub "
-            f"({type(error).__name__}); give a folder with tokenizer.json, or check the name and the network"
-        ) from error
 
 
 def _read_text(file: Path) -> str:
@@ -104,7 +69,7 @@ def read_files(path: str, chat_template: str | Path | None = None) -> TokenizerF
     Raises ConfigError when the folder, its tokenizer.json, or valid JSON is missing, or it cannot be read.
     """
     try:
-        files = _read(locate(path))
+        files = _read(model_folder(path, weights=False))
     except OSError as error:  # a name longer than the system allows, a file nobody may read
         raise ConfigError(
             f"{path[:100]}{'...' if len(path) > 100 else ''}: cannot be read ({error.strerror}); expected a "

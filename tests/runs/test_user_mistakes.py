@@ -195,7 +195,22 @@ MISTAKES = [
         "a model that is not there",
         "student.path=no/such/model",
         "expected a folder with config.json, model*.safetensors and tokenizer.json",
-        "no model at no/such/model",
+        "no model at no/such/model (no such folder)",
+        "or a hub id such as Qwen/Qwen3-1.7B",
+    ),
+    train(
+        "a model that the hub cannot give",
+        "student.path=models/Qwen3-8B",
+        "no such folder here, and not fetched from the hub",
+        "models/Qwen3-8B: no such folder",
+        "HF_HUB_OFFLINE is set",
+        "unset it, or name a folder",
+    ),
+    train(
+        "a folder without a model",
+        "student.path={folder}/other",
+        "expected a folder with config.json, model*.safetensors and tokenizer.json",
+        "no model at {folder}/other",
     ),
     student(
         "another family", "this decoder does not implement that family", "config.json: model_type is 'rwkv'"
@@ -269,8 +284,8 @@ MISTAKES = [
     train(
         "a teacher's model that is not there",
         "teacher.model=no/such/model",
-        "no such folder; expected one with tokenizer.json, or a hub id",
-        "no/such/model",
+        "expected a folder with config.json, model*.safetensors and tokenizer.json",
+        "no model at no/such/model",
     ),
     # --- the run folder
     Mistake(
@@ -344,6 +359,14 @@ MISTAKES = [
         ("no held-out prompts", QUICKSTART, "name a file with eval.path="),
     ),
     Mistake(
+        "a model to serve that is not there",
+        "serve --model no/such/model --port 0",
+        (
+            "expected a folder with config.json, model*.safetensors and tokenizer.json",
+            "no model at no/such/model",
+        ),
+    ),
+    Mistake(
         "a port in use",
         "serve --model assets/toy/teacher --port {taken_port}",
         ("Address already in use", "port {taken_port}", "choose another --port"),
@@ -351,7 +374,7 @@ MISTAKES = [
     Mistake(
         "a tokenizer that is not there",
         "align --student assets/toy/student --teacher no/such",
-        ("no such folder here, and no such tokenizer could be fetched", "no/such", "check the name"),
+        ("no such folder here, and not fetched from the hub", "no/such", "unset it, or name a folder"),
     ),
     Mistake(
         "one run to compare",

@@ -317,7 +317,7 @@ def test_a_missing_folder_is_one_clear_error(path: str) -> None:
 
 
 def test_a_path_the_system_cannot_open_is_one_clear_error() -> None:
-    with pytest.raises(ConfigError, match=r"^a{100}\.\.\.: cannot be read \(File name too long\)"):
+    with pytest.raises(ConfigError, match=r"no model at a{200} \(no such folder\): expected a folder"):
         Tokenizer.load("a" * 5000)
     with pytest.raises(ConfigError, match="no such folder"):
         Tokenizer.load("~no-such-user/model")
