@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +19,7 @@ from jaxdistill.align.texts import built_in
 from jaxdistill.cli import CommandParser, exit_code_of, overrides
 from jaxdistill.config import load
 from jaxdistill.errors import JaxDistillError
-from jaxdistill.inputs import read_inputs
 from jaxdistill.records import Prompt, Rollout
-from jaxdistill.run_config import RunConfig
 from jaxdistill.teachers import (
     ReplayConfig,
     Routes,
@@ -31,6 +30,9 @@ from jaxdistill.teachers import (
     tokenizer_doubt,
 )
 from jaxdistill.text import Tokenizer, concatenate
+
+if TYPE_CHECKING:
+    from jaxdistill.run_config import RunConfig
 
 QUESTION = Prompt([{"role": "user", "content": "Write something."}], 0, "doctor")
 
@@ -47,12 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Say what was found; the exit code is 0 where a run can start, else that of the first thing in its way
     (2: config or data, 75: a teacher that does not answer, 1: one that must not be believed)."""
     options = parser().read(argv)
-    return exit_code_of(lambda: examine(load(options.config, options.overrides, RunConfig)), options)
+
+    def body() -> None:
+        # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
+        from jaxdistill.run_config import RunConfig
+
+        examine(load(options.config, options.overrides, RunConfig))
+
+    return exit_code_of(body, options)
 
 
-def examine(config: RunConfig) -> None:
+def examine(config: "RunConfig") -> None:
     """Print what is found, part by part. A teacher in trouble does not keep the others from being asked;
     the first trouble is raised at the end, for its exit code."""
+    from jaxdistill.inputs import read_inputs  # as in `main`
+
     student = Side.load(config.student.path, config.student.roles, config.student.chat_template)
     say(student.lines("student"))
     inputs = read_inputs(config, shapes_only=True)  # all that a run reads but the weights, with its checks

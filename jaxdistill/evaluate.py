@@ -7,25 +7,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-from flax import nnx
-
-from jaxdistill.assemble import build_evaluator
-from jaxdistill.checkpoint import restore_params
 from jaxdistill.cli import CommandParser, exit_code_of, overrides
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
-from jaxdistill.inputs import read_heldout, read_student
-from jaxdistill.manifest import check_base
-from jaxdistill.metrics import write_atomically
 from jaxdistill.records import Prompt
-from jaxdistill.run_config import RunConfig
-from jaxdistill.run_folder import config_of
-from jaxdistill.samplers import LocalSampler
-from jaxdistill.students import trained_and_frozen
 from jaxdistill.teachers import ReplayConfig, Routes, Teachers, build_all
+
+if TYPE_CHECKING:
+    from jaxdistill.run_config import RunConfig
 
 
 def parser() -> CommandParser:
@@ -79,6 +70,18 @@ def evaluate(
     Nothing is written into the run folder. Raises `ConfigError` for no run, no checkpoint, no held-out
     prompts, and what loading and asking the teachers raise.
     """
+    # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
+    from flax import nnx
+
+    from jaxdistill.assemble import build_evaluator
+    from jaxdistill.checkpoint import restore_params
+    from jaxdistill.inputs import read_heldout, read_student
+    from jaxdistill.manifest import check_base
+    from jaxdistill.run_config import RunConfig
+    from jaxdistill.run_folder import config_of
+    from jaxdistill.samplers import LocalSampler
+    from jaxdistill.students import trained_and_frozen
+
     file = config_file if run is None else config_of(run)
     assert file is not None  # one of the two is given
     config = load(file, overrides, RunConfig)
@@ -114,12 +117,14 @@ def evaluate(
 
 def like(params: Any) -> Any:
     """Shapes, dtypes and places of `params`, for a checkpoint to be restored into."""
+    import jax  # as in `evaluate`
+
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params
     )
 
 
-def build_teachers(config: RunConfig, heldout: Sequence[Prompt]) -> Teachers | None:
+def build_teachers(config: "RunConfig", heldout: Sequence[Prompt]) -> Teachers | None:
     """The teachers of a config, None without any; a recording gets nothing of what they are asked here."""
     if not config.all_teachers:
         return None
@@ -146,6 +151,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Write the figures as JSON. Raises `ConfigError` where the file cannot be written."""
+    from jaxdistill.metrics import write_atomically  # as in `evaluate`
+
     try:
         write_atomically(path, json.dumps(result, indent=2).encode() + b"\n")
     except OSError as error:

@@ -6,32 +6,18 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-import jax
-from flax import nnx
-from jax.sharding import Mesh
-
-from jaxdistill.checkpoint import restore_params
 from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
-from jaxdistill.manifest import check_base
 from jaxdistill.model_folders import model_folder
-from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings
-from jaxdistill.run_config import RunConfig
-from jaxdistill.run_folder import config_of
-from jaxdistill.students import (
-    Decoder,
-    StoredDtype,
-    abstract_decoder,
-    load_decoder,
-    merge,
-    read_config,
-    save_adapters,
-    save_decoder,
-    trained_and_frozen,
-)
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxdistill.run_config import RunConfig
+    from jaxdistill.students import Decoder, StoredDtype
 
 PROVENANCE = "jaxdistill.json"  # in every export: which run and step it is, and that it may be replaced
 
@@ -44,7 +30,7 @@ def parser() -> CommandParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--dtype",
-        choices=get_args(StoredDtype),
+        choices=("float32", "bfloat16"),  # of StoredDtype
         default="float32",
         help="of the weights",
     )
@@ -77,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(
-    run: Path, step: int | None, out: Path, *, dtype: StoredDtype = "float32", adapters: bool = False
+    run: Path, step: int | None, out: Path, *, dtype: "StoredDtype" = "float32", adapters: bool = False
 ) -> int:
     """Write checkpoint `step` (default: the newest) of `run` to `out`, weights in `dtype`; returns the step.
     The adapters of a run that has them are merged into its student's weights, or with `adapters` written
@@ -88,6 +74,23 @@ def export(
     `student.path` has now, or if `out` is anything but an export, `CheckpointError` if the checkpoint cannot
     be read.
     """
+    # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
+    import jax
+    from flax import nnx
+
+    from jaxdistill.checkpoint import restore_params
+    from jaxdistill.manifest import check_base
+    from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings
+    from jaxdistill.run_config import RunConfig
+    from jaxdistill.run_folder import config_of
+    from jaxdistill.students import (
+        abstract_decoder,
+        read_config,
+        save_adapters,
+        save_decoder,
+        trained_and_frozen,
+    )
+
     resolved = config_of(run)
     if out.exists() and not (out / PROVENANCE).is_file():
         raise ConfigError(f"{out} exists and is no export (no {PROVENANCE}); choose another --out")
@@ -126,9 +129,13 @@ def export(
     return chosen
 
 
-def _whole(config: RunConfig, trained: Any, mesh: Mesh) -> Decoder:
+def _whole(config: "RunConfig", trained: Any, mesh: "Mesh") -> "Decoder":
     """The student on `mesh` as a model of its family: what was trained, merged into the rest where there is
     a rest."""
+    from flax import nnx  # as in `export`
+
+    from jaxdistill.students import abstract_decoder, load_decoder, merge, read_config
+
     source = model_folder(config.student.path)
     if config.student.lora is None:
         return nnx.merge(nnx.split(abstract_decoder(read_config(source)), nnx.Param)[0], trained)
@@ -136,7 +143,7 @@ def _whole(config: RunConfig, trained: Any, mesh: Mesh) -> Decoder:
     return nnx.merge(graphdef, merge(nnx.to_pure_dict(base) | trained, config.student.lora))
 
 
-def _chat_template(config: RunConfig) -> bytes | None:
+def _chat_template(config: "RunConfig") -> bytes | None:
     """The chat template the run put in the place of the student's own."""
     path = config.student.chat_template
     try:

@@ -42,6 +42,7 @@ def open_run_folder(folder: Path, resolved: str, steps: int, allowed: Collection
         with (folder / ".lock").open("a") as lock:
             _take(lock, folder, fcntl.LOCK_EX)
             _check_run(folder, resolved, steps, allowed)
+            _warn_of_moved_ends(folder, resolved, steps)
             write_atomically(folder / "config.yaml", resolved.encode())
             yield folder
     except OSError as error:
@@ -118,6 +119,12 @@ def _check_run(folder: Path, resolved: str, steps: int, allowed: Collection[str]
             f"run.dir={folder} is at step {max(saved)}, beyond run.steps={steps}; raise run.steps, or use "
             "another run.dir"
         )
+
+
+def _warn_of_moved_ends(folder: Path, resolved: str, steps: int) -> None:
+    """Say what moves in the run of `folder` where it goes on to another last step."""
+    if not has_begun(folder):
+        return
     old, new = _both(folder, resolved)
     if old.get("run.steps") != steps:
         moving = ["the cosine schedule"] if new.get("optimizer.schedule") == "cosine" else []

@@ -1,4 +1,4 @@
-"""Each recipe fits the hardware in its name, by the plan of `--dry-run`, and docs/recipes.md says what it says."""
+"""Each recipe fits the hardware in its name by the plan of `--dry-run`, and docs/recipes.md says the same."""
 
 import importlib.util
 import re

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -20,6 +21,7 @@ from jaxdistill.completion import script
 from jaxdistill.errors import ConfigError
 from jaxdistill.metrics import MetricsLog
 from jaxdistill.stopping import Stopped
+from jaxdistill.students import StoredDtype
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +36,19 @@ def test_each_word_says_what_it_takes(word: str, capsys: pytest.CaptureFixture[s
     assert "%(" not in said and "None" not in said
     parser: CommandParser = module_of(word).parser()
     assert all(action.help for action in parser._actions)
+
+
+def test_help_does_not_wait_for_jax() -> None:
+    """It takes seconds to import; what a word takes is known without it."""
+    words = ("train", "doctor", "align", "evaluate", "export", "serve")
+    code = f"import sys; from jaxdistill.cli import module_of; [module_of(word).parser() for word in {words}]"
+    code += "; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_export_takes_every_dtype_that_can_be_stored() -> None:
+    (dtype,) = [one for one in module_of("export").parser()._actions if one.dest == "dtype"]
+    assert tuple(dtype.choices or ()) == get_args(StoredDtype)
 
 
 def test_help_says_defaults() -> None:
