@@ -15,7 +15,6 @@ from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError, DataError, TooLongError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
 from jaxdistill.parallel import make_mesh, processes
-from jaxdistill.parallel.rules import AnyMesh
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig, StudentConfig
 from jaxdistill.samplers import ReferenceSampler, RolloutConfig, render_prompt
@@ -24,15 +23,13 @@ from jaxdistill.students import (
     Decoder,
     DecoderConfig,
     abstract_decoder,
+    check_folder,
     choose_attention,
     load_decoder,
     read_config,
     trained_and_frozen,
 )
 from jaxdistill.students.attention import Attention
-from jaxdistill.students.checkpoint import layer_tensors
-from jaxdistill.students.tensor_files import TensorFiles
-from jaxdistill.students.weights import _check_experts, _Reader
 from jaxdistill.teachers import Routes
 from jaxdistill.text import Tokenizer
 
@@ -194,15 +191,6 @@ def student_shapes(config: StudentConfig, shape: DecoderConfig, mesh: Mesh, atte
         return leaf if path[-1].key.endswith("_norm") else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     return nnx.merge(graphdef, trained | jax.tree_util.tree_map_with_path(kept, frozen))
-
-
-def check_folder(folder: Path, decoder: Decoder, mesh: AnyMesh) -> None:
-    """Raise the `ConfigError` with which `load_decoder` would refuse the model in `folder` for this `decoder`
-    of shapes: by the headers of its files alone, which say every tensor's name and shape."""
-    if mesh.shape["expert"] > 1:
-        _check_experts(decoder.config, mesh.shape["expert"], folder)
-    shapes = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-    _Reader(TensorFiles(folder), layer_tensors(decoder.config), decoder.config.num_layers, shapes)
 
 
 def compute_dtype(config: StudentConfig) -> Any:

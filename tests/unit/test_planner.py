@@ -15,27 +15,19 @@ from safetensors.numpy import load_file, save_file
 from jaxdistill import assemble, train
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
-from jaxdistill.inputs import check_folder, read_student
+from jaxdistill.inputs import read_student
 from jaxdistill.losses.gkd import GKD, GKDConfig
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
+from jaxdistill.memory import SamplingMemory, StepMemory, sampling_memory, step_memory
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.packing import blank
 from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.parallel.mesh import AXES
 from jaxdistill.parallel.rules import rows_sharding
-from jaxdistill.planner import (
-    SamplingMemory,
-    Shapes,
-    StepMemory,
-    advice,
-    sampling_memory,
-    size,
-    step_memory,
-    table,
-)
+from jaxdistill.planner import Shapes, advice, size, table
 from jaxdistill.run_config import RunConfig
 from jaxdistill.samplers import Generator, RolloutConfig, sampling_params
-from jaxdistill.students import Decoder, LoraConfig, abstract_decoder, parse_config
+from jaxdistill.students import Decoder, LoraConfig, abstract_decoder, check_folder, parse_config
 from tests.devices.workers import run_worker
 
 ROOT = Path(__file__).parents[2]
