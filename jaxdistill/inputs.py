@@ -15,6 +15,7 @@ from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError, DataError, TooLongError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
 from jaxdistill.parallel import make_mesh, processes
+from jaxdistill.parallel.rules import AnyMesh, idle_axes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig, StudentConfig
 from jaxdistill.samplers import ReferenceSampler, RolloutConfig, render_prompt
@@ -155,6 +156,7 @@ def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
             lora=config.student.lora,
             seed=config.run.seed,
         )
+    check_mesh(decoder, mesh)
     tokenizer = Tokenizer.load(
         config.student.path, roles=config.student.roles, chat_template=config.student.chat_template
     )
@@ -175,6 +177,28 @@ def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
             "shapes.buckets"
         )
     return Student(tokenizer, decoder, mesh)
+
+
+def check_mesh(decoder: Decoder, mesh: AnyMesh) -> None:
+    """Raise `ConfigError` where `mesh.tensor` splits no parameter of `decoder`: all its devices would do the
+    same work. Where `mesh.fsdp` splits none, which costs only memory, say so."""
+    idle, shape = idle_axes(nnx.state(decoder, nnx.Param), mesh), decoder.config
+    widths = (
+        f"hidden {shape.hidden_size}, intermediate {shape.intermediate_size}, heads {shape.num_heads}, "
+        f"key/value heads {shape.num_kv_heads}, vocabulary {shape.vocab_size}"
+    )
+    if "tensor" in idle:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']} divides none of the model's widths ({widths}), so its "
+            "devices would all do the same; choose a number that does, or give them to mesh.data"
+        )
+    if "fsdp" in idle and processes.leads():
+        logger.warning(
+            "mesh.fsdp=%d divides none of the model's widths (%s): every device keeps all parameters and "
+            "moments; a number that does would share them out",
+            mesh.shape["fsdp"],
+            widths,
+        )
 
 
 def student_shapes(config: StudentConfig, shape: DecoderConfig, mesh: Mesh, attention: Attention) -> Decoder:
