@@ -24,10 +24,10 @@ from measure import Report, figure, options  # noqa: E402
 from shapes import FLOAT, head_bytes, parameter_count, temporary_bytes  # noqa: E402
 
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig  # noqa: E402
+from jaxdistill.memory import head_memory, step_memory, target_shapes  # noqa: E402
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from jaxdistill.packing import blank  # noqa: E402
 from jaxdistill.parallel import MeshConfig, make_mesh  # noqa: E402
-from jaxdistill.planner import head_memory, step_memory, target_shapes  # noqa: E402
 from jaxdistill.students import abstract_decoder, parse_config  # noqa: E402
 
 LIMIT = 1.3

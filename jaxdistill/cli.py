@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import importlib
 import logging
 import sys
@@ -15,6 +16,10 @@ from jaxdistill.stopping import Stopped
 
 INTERRUPTED = 130
 BUG = 1
+# What a machine may refuse anybody: no fault of ours, and a traceback would not help.
+_OF_THE_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
+}  # fmt: skip
 
 # In the order of a first run: what is done, and what is given.
 WORDS: Mapping[str, tuple[str, str]] = {
@@ -95,8 +100,9 @@ def exit_code_of(body: Callable[[], object], arguments: Any = None, *, after_sto
     message on stderr and its exit code.
 
     0 done, 2 bad config or data, 75 try again later (of a run that was `Stopped` the message ends with
-    `after_stop`), 130 interrupted, 1 otherwise. Any other exception is a bug of ours and keeps its traceback,
-    which is a field of the last line where lines are JSON.
+    `after_stop`), 130 interrupted, 1 otherwise. A file the machine refuses (a full disk, no permission) is
+    one line too. Any other exception is a bug of ours and keeps its traceback, which is a field of the last
+    line where lines are JSON.
     """
     style: logs.Format = "text" if arguments is None else arguments.log_format
     with logs.speaking(style, silent=arguments is not None and arguments.quiet):
@@ -112,6 +118,12 @@ def exit_code_of(body: Callable[[], object], arguments: Any = None, *, after_sto
             logs.say_error(error, INTERRUPTED, "interrupted")
             return INTERRUPTED
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+                where = error.filename or "a file"
+                logs.say_error(
+                    error, BUG, f"{where}: {error.strerror}; mend that, and run the same command again"
+                )
+                return BUG
             if not logs.as_json():
                 raise
             logging.getLogger(__name__).critical("%s: %s", type(error).__name__, error, exc_info=error)

@@ -16,7 +16,7 @@ from jaxdistill.errors import ConfigError, DataError, TooLongError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
 from jaxdistill.model_folders import model_folder
 from jaxdistill.parallel import make_mesh, processes
-from jaxdistill.parallel.rules import AnyMesh
+from jaxdistill.parallel.rules import AnyMesh, idle_axes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.run_config import RunConfig, StudentConfig
 from jaxdistill.samplers import ReferenceSampler, RolloutConfig, render_prompt
@@ -25,15 +25,13 @@ from jaxdistill.students import (
     Decoder,
     DecoderConfig,
     abstract_decoder,
+    check_folder,
     choose_attention,
     load_decoder,
     read_config,
     trained_and_frozen,
 )
 from jaxdistill.students.attention import Attention
-from jaxdistill.students.checkpoint import layer_tensors
-from jaxdistill.students.tensor_files import TensorFiles
-from jaxdistill.students.weights import _check_experts, _Reader
 from jaxdistill.teachers import Routes
 from jaxdistill.text import Tokenizer
 
@@ -160,6 +158,7 @@ def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
             lora=config.student.lora,
             seed=config.run.seed,
         )
+    check_mesh(decoder, mesh)
     tokenizer = Tokenizer.load(
         str(folder), roles=config.student.roles, chat_template=config.student.chat_template
     )
@@ -182,6 +181,28 @@ def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
     return Student(tokenizer, decoder, mesh)
 
 
+def check_mesh(decoder: Decoder, mesh: AnyMesh) -> None:
+    """Raise `ConfigError` where `mesh.tensor` splits no parameter of `decoder`: all its devices would do the
+    same work. Where `mesh.fsdp` splits none, which costs only memory, say so."""
+    idle, shape = idle_axes(nnx.state(decoder, nnx.Param), mesh), decoder.config
+    widths = (
+        f"hidden {shape.hidden_size}, intermediate {shape.intermediate_size}, heads {shape.num_heads}, "
+        f"key/value heads {shape.num_kv_heads}, vocabulary {shape.vocab_size}"
+    )
+    if "tensor" in idle:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']} divides none of the model's widths ({widths}), so its "
+            "devices would all do the same; choose a number that does, or give them to mesh.data"
+        )
+    if "fsdp" in idle and processes.leads():
+        logger.warning(
+            "mesh.fsdp=%d divides none of the model's widths (%s): every device keeps all parameters and "
+            "moments; a number that does would share them out",
+            mesh.shape["fsdp"],
+            widths,
+        )
+
+
 def student_shapes(config: StudentConfig, shape: DecoderConfig, mesh: Mesh, attention: Attention) -> Decoder:
     """The decoder that `load_decoder` would make of a model of this `shape`, its parameters as shapes in the
     dtypes they would have: beside adapters, matrices are kept in the compute dtype."""
@@ -196,15 +217,6 @@ def student_shapes(config: StudentConfig, shape: DecoderConfig, mesh: Mesh, atte
         return leaf if path[-1].key.endswith("_norm") else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     return nnx.merge(graphdef, trained | jax.tree_util.tree_map_with_path(kept, frozen))
-
-
-def check_folder(folder: Path, decoder: Decoder, mesh: AnyMesh) -> None:
-    """Raise the `ConfigError` with which `load_decoder` would refuse the model in `folder` for this `decoder`
-    of shapes: by the headers of its files alone, which say every tensor's name and shape."""
-    if mesh.shape["expert"] > 1:
-        _check_experts(decoder.config, mesh.shape["expert"], folder)
-    shapes = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-    _Reader(TensorFiles(folder), layer_tensors(decoder.config), decoder.config.num_layers, shapes)
 
 
 def compute_dtype(config: StudentConfig) -> Any:

@@ -18,7 +18,7 @@ from jaxdistill.metrics import MetricsLog, RowFile, SampleLog, Stopwatch
 from jaxdistill.parallel import processes
 from jaxdistill.pipeline import Pipeline, staleness
 from jaxdistill.records import Rollout
-from jaxdistill.samplers import Sampler
+from jaxdistill.samplers import LocalSampler, SGLangSampler
 from jaxdistill.scoring import Scored, distillation_metrics, unscored_rows
 from jaxdistill.skipped import SkippedBatches
 from jaxdistill.step import Metrics, TrainState
@@ -42,7 +42,7 @@ class Run:
     train_step: Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
     learning_rate: Callable[[int], float]
     prompts: PromptStream
-    policy: Sampler
+    policy: LocalSampler | SGLangSampler
     teachers: Teachers | None
     batches: Pipeline
     place: Callable[[Batch], Batch]
@@ -174,6 +174,7 @@ def step_values(run: Run, step: int, collected: Collected, metrics: Mapping[str,
     if collected.scored is not None:
         means |= distillation_metrics(collected.scored, list(run.teachers.members) if run.teachers else [])
     counts = {} if run.teachers is None else run.teachers.take_counts()
+    counts |= {f"sampler/{what}": float(count) for what, count in run.policy.take_counts().items()}
     counts["tokens"] = float(sum(len(rollout.response) for rollout in collected.rollouts))
     given = [one for one in collected.rollouts if one.origin != "student" and one.unwritten is None]
     counts |= {"cut_rows": float(sum(not one.finished for one in given))} if given else {}

@@ -16,6 +16,7 @@ from jaxdistill.batch import Mean
 from jaxdistill.metrics import Stopwatch
 from jaxdistill.records import Alignment, Part, Rollout, Signal, Targets, TeacherScores, Unscored
 from jaxdistill.teachers import Routes, Teachers
+from jaxdistill.teachers.config import TeacherSettings
 from jaxdistill.text import Tokenizer
 
 
@@ -46,6 +47,12 @@ class Scored:
         )
 
 
+def part_columns(teachers: Sequence[TeacherSettings]) -> int:
+    """How many proposals a state has in the optional parts of the targets: one column for each of the most a
+    teacher is asked for, and one for the token it read."""
+    return 1 + max((one.top_k for one in teachers), default=0)
+
+
 class Scoring:
     """Asks the teachers about responses and carries what they say to the student's tokens."""
 
@@ -59,13 +66,12 @@ class Scoring:
         parts: frozenset[Part] = frozenset(),
     ):
         """`parts`: which optional parts the targets get. What a pair of vocabularies needs for them is built
-        here, once a teacher. The arrays have one column for each of the most proposals a teacher is asked
-        for, and one for the token it read."""
+        here, once a teacher."""
         self.teachers = teachers
         self._stopwatch = stopwatch
         self._signal: Signal = signal
         self._parts = parts
-        self._columns = 1 + max(one.top_k for one in teachers.routes.settings)
+        self._columns = part_columns(teachers.routes.settings)
         members = teachers.members.items()
         self._projectors = {
             name: Projector(student, member.tokenizer, candidates=self._columns)

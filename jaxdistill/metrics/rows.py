@@ -139,8 +139,11 @@ class RowFile:
             data = b"".join(_encode(row) for row in rows)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
-                file.write(data)
-                os.fsync(file.fileno())
+                try:
+                    file.write(data)
+                    os.fsync(file.fileno())
+                except OSError as error:  # of a full disk the system says no name
+                    raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.last_step = steps[-1]
 
     def replace_from(self, step: int, rows: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:

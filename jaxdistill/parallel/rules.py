@@ -5,7 +5,7 @@ Letters: B rows.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -30,14 +30,24 @@ PARAM_RULES: Mapping[str, tuple[str, ...]] = {
 ROWS = ("data", "fsdp", "expert")
 
 
-def param_shardings(abstract: Any, mesh: Mesh) -> Any:
+def param_shardings(abstract: Any, mesh: AnyMesh) -> Any:
     """The sharding of each parameter of an `nnx.State`, as a plain nested dict."""
 
     def sharding(variable: nnx.Param) -> NamedSharding:
-        return NamedSharding(mesh, partition(variable.shape, variable.get_metadata()["axes"], mesh))
+        return NamedSharding(
+            cast(Mesh, mesh), partition(variable.shape, variable.get_metadata()["axes"], mesh)
+        )
 
     is_param = lambda node: isinstance(node, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(sharding, abstract, is_leaf=is_param))
+
+
+def idle_axes(abstract: Any, mesh: AnyMesh) -> list[str]:
+    """The mesh axes that have several devices and split no parameter of an `nnx.State`, but for `data`, which
+    never does."""
+    specs = [sharding.spec for sharding in jax.tree.leaves(param_shardings(abstract, mesh))]
+    used = {axis for spec in specs for axes in spec for axis in (axes if isinstance(axes, tuple) else [axes])}
+    return [axis for axis, size in mesh.shape.items() if size > 1 and axis not in {"data", *used}]
 
 
 def partition(shape: Sequence[int], axes: Sequence[str | None], mesh: AnyMesh) -> PartitionSpec:

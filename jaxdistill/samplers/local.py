@@ -65,6 +65,10 @@ class LocalSampler:
     def push(self, params: Any, version: int) -> None:
         self._params, self._version = params, version
 
+    def take_counts(self) -> dict[str, int]:
+        """No server is asked, so nothing happens that is counted."""
+        return {}
+
     def sample(
         self,
         prompts: Sequence[Prompt],

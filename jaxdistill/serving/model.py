@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from jaxdistill.errors import ConfigError
 from jaxdistill.serving.app import Served
 from jaxdistill.serving.engine import DecoderEngine
-from jaxdistill.students.weights import load_decoder
+from jaxdistill.students import load_decoder
 from jaxdistill.text import Tokenizer
 
 

@@ -4,8 +4,9 @@ from jaxdistill.students.architecture import DecoderConfig
 from jaxdistill.students.decoder import Cache, Decoder, Remat
 from jaxdistill.students.families import parse_config, read_config
 from jaxdistill.students.fused_attention import AttentionChoice, choose_attention
+from jaxdistill.students.loading import abstract_decoder, check_folder, load_decoder
 from jaxdistill.students.lora import LoraConfig, merge, save_adapters, trained_and_frozen
-from jaxdistill.students.weights import StoredDtype, abstract_decoder, load_decoder, save_decoder, save_params
+from jaxdistill.students.saving import StoredDtype, save_decoder, save_params
 
 __all__ = [
     "AttentionChoice",
@@ -16,6 +17,7 @@ __all__ = [
     "Remat",
     "StoredDtype",
     "abstract_decoder",
+    "check_folder",
     "choose_attention",
     "load_decoder",
     "merge",

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from jaxdistill.memory import sampling_memory
 from jaxdistill.parallel import MeshConfig, make_mesh
-from jaxdistill.planner import sampling_memory
 from jaxdistill.samplers import RolloutConfig
 from jaxdistill.students import abstract_decoder, parse_config
 from tests.unit.conftest import CONFIG

@@ -113,6 +113,7 @@ def test_a_run_samples_on_it_and_pushes_every_step(lent: Server, tmp_path: Path,
         if not staleness:
             assert row["logprob_mismatch"] <= ATOL, row
     assert max(row["grad_norm"] for row in table[:5]) > 0
+    assert sum(row["sampler/requests"] for row in table[:5]) >= 5
     _, info = lent.ask("/model_info")
     run, _, version = info["weight_version"].partition(".")
     assert version == "5" and len(run) == 8

@@ -19,7 +19,7 @@ from jaxdistill.__main__ import main
 from jaxdistill.cli import WORDS, CommandParser, exit_code_of, module_of
 from jaxdistill.completion import script
 from jaxdistill.errors import ConfigError
-from jaxdistill.metrics import MetricsLog
+from jaxdistill.metrics import MetricsLog, RowFile
 from jaxdistill.stopping import Stopped
 from jaxdistill.students import StoredDtype
 
@@ -173,6 +173,15 @@ def test_a_bug_keeps_its_traceback() -> None:
     (row,) = map(json.loads, said.splitlines())
     assert (code, row["level"]) == (1, "critical")
     assert row["message"] == "ZeroDivisionError: division by zero" and "Traceback" in row["traceback"]
+
+
+def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
+    rows = RowFile(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    code, said = spoken(lambda: rows.append([{"step": 0}]))
+    assert code == 1 and rows.last_step is None
+    why = "No space left on device; mend that, and run the same command again"
+    assert said == f"jaxdistill: {tmp_path}/metrics.jsonl: {why}\n"
 
 
 def test_warnings_of_python_are_lines_too() -> None:

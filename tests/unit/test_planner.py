@@ -15,27 +15,19 @@ from safetensors.numpy import load_file, save_file
 from jaxdistill import assemble, train
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
-from jaxdistill.inputs import check_folder, read_student
+from jaxdistill.inputs import check_mesh, read_student
 from jaxdistill.losses.gkd import GKD, GKDConfig
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
+from jaxdistill.memory import SamplingMemory, StepMemory, sampling_memory, step_memory
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.packing import blank
 from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.parallel.mesh import AXES
 from jaxdistill.parallel.rules import rows_sharding
-from jaxdistill.planner import (
-    SamplingMemory,
-    Shapes,
-    StepMemory,
-    advice,
-    sampling_memory,
-    size,
-    step_memory,
-    table,
-)
+from jaxdistill.planner import Shapes, advice, size, table
 from jaxdistill.run_config import RunConfig
 from jaxdistill.samplers import Generator, RolloutConfig, sampling_params
-from jaxdistill.students import Decoder, LoraConfig, abstract_decoder, parse_config
+from jaxdistill.students import Decoder, LoraConfig, abstract_decoder, check_folder, parse_config
 from tests.devices.workers import run_worker
 
 ROOT = Path(__file__).parents[2]
@@ -268,6 +260,17 @@ def test_a_plan_checks_the_weights_by_their_headers(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"mesh.expert=\d+, but the model in .* has no experts"):
         mesh = AbstractMesh((1, 1, 2, 1), AXES)
         check_folder(folder, abstract_decoder(CONFIG), mesh)
+
+
+def test_an_axis_that_splits_nothing_is_not_taken_in_silence(caplog):
+    """Of the widths 64, 128, 2 heads and the vocabulary, 4 divides some and 7 none."""
+    decoder = abstract_decoder(CONFIG)
+    check_mesh(decoder, AbstractMesh((7, 4, 1, 4), AXES))
+    assert not caplog.records
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=7 divides none .*hidden 64.*mesh\.data"):
+        check_mesh(decoder, AbstractMesh((1, 1, 1, 7), AXES))
+    check_mesh(decoder, AbstractMesh((1, 7, 1, 1), AXES))
+    assert "mesh.fsdp=7 divides none of the model's widths" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,10 @@ from jaxtyping import Array, Float, Int32
 from safetensors.numpy import load_file, save_file
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.students import weights
+from jaxdistill.students import load_decoder, save_decoder, saving
 from jaxdistill.students.attention import EMPTY_SLOT
 from jaxdistill.students.decoder import Decoder
 from jaxdistill.students.experts import load_balance
-from jaxdistill.students.weights import load_decoder, save_decoder
 
 PARITY = Path(__file__).parents[2] / "golden" / "parity"
 NAMES = [
@@ -198,7 +197,7 @@ def test_tensors_of_several_dtypes_are_one_model(tmp_path: Path, kept: str) -> N
 
 def test_a_large_model_is_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = PARITY / "gemma2"
-    monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 60_000)
     save_decoder(load_decoder(source), tmp_path / "saved", source=source)
     files = sorted(file.name for file in (tmp_path / "saved").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"

@@ -15,8 +15,8 @@ import pytest
 from flax import nnx
 from jaxtyping import Float32, Int32
 
+from jaxdistill.students import load_decoder
 from jaxdistill.students.decoder import Decoder
-from jaxdistill.students.weights import load_decoder
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
