@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
-from jaxdistill.model_folders import model_folder
+from jaxdistill.model_folders import model_folder, without_revision
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -116,7 +116,13 @@ def export(
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     if adapters and lora is not None:
-        save_adapters(trained["adapters"], fresh, config=blank.config, lora=lora, base=config.student.path)
+        save_adapters(
+            trained["adapters"],
+            fresh,
+            config=blank.config,
+            lora=lora,
+            base=without_revision(config.student.path),
+        )
     else:
         save_decoder(_whole(config, trained, mesh), fresh, source=source, dtype=dtype)
     if chat_template is not None:  # what it learned to read is part of the model

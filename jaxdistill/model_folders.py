@@ -48,6 +48,11 @@ def hub_commit(name: str) -> str | None:
     return None if _is_here(name) else model_folder(name).name
 
 
+def without_revision(name: str) -> str:
+    """The name as other libraries know the model: of a hub id its id alone."""
+    return name if _is_here(name) else name.partition("@")[0]
+
+
 def _is_here(name: str) -> bool:
     return os.path.isdir(os.path.expanduser(name))  # unlike the methods of a path, these never raise
 

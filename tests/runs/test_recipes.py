@@ -17,8 +17,8 @@ PAGE = (ROOT / "docs/recipes.md").read_text()
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 # The objectives that two recipes name as another way to run them.
 VARIANTS = [
-    ("qwen3_1.7b_gkd_from_llama3.1_8b_1xh100", "objective={kind: minillm}"),
-    ("llama3.2_1b_minillm_from_qwen3_8b_1xh100", "objective={kind: gkd}"),
+    ("qwen3_1.7b_gkd_from_llama3.1_8b_1xh100", "objective=null objective.kind=minillm"),
+    ("llama3.2_1b_minillm_from_qwen3_8b_1xh100", "objective=null objective.kind=gkd"),
 ]
 
 
@@ -70,8 +70,8 @@ def test_a_recipe_fits_the_hardware_in_its_name(name: str, planner: ModuleType) 
 @pytest.mark.genuine
 @pytest.mark.parametrize(("name", "override"), VARIANTS)
 def test_the_variant_that_a_recipe_names_fits_too(name: str, override: str, planner: ModuleType) -> None:
-    assert f"'{override}'" in (ROOT / f"configs/{name}.yaml").read_text()
-    plan = planner.dry_run(name, override)
+    assert override in (ROOT / f"configs/{name}.yaml").read_text()
+    plan = planner.dry_run(name, *override.split())
     assert plan.fits, plan.text
 
 

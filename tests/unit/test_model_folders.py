@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.model_folders import hub_commit, model_folder
+from jaxdistill.model_folders import hub_commit, model_folder, without_revision
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "assets/toy/student"
@@ -115,7 +115,7 @@ Fetch = Callable[..., subprocess.CompletedProcess[str]]
 ASK = """
 import sys
 from jaxdistill.cli import exit_code_of
-from jaxdistill.model_folders import hub_commit, model_folder
+from jaxdistill.model_folders import hub_commit, model_folder, without_revision
 def body():
     print(model_folder(sys.argv[1], weights=sys.argv[2] == "weights"), hub_commit(sys.argv[1]))
 sys.exit(exit_code_of(body))
@@ -230,6 +230,14 @@ def test_a_hub_that_does_not_give_it_is_one_clear_error(
 
 def test_a_folder_is_itself_and_asks_nobody() -> None:
     assert model_folder(str(TOY)) == TOY and hub_commit(str(TOY)) is None
+
+
+def test_other_libraries_are_told_the_id_alone(tmp_path: Path) -> None:
+    assert (
+        without_revision("Qwen/Qwen3-1.7B@main") == without_revision("Qwen/Qwen3-1.7B") == "Qwen/Qwen3-1.7B"
+    )
+    (tmp_path / "mine@2").mkdir()
+    assert without_revision(f"{tmp_path}/mine@2") == f"{tmp_path}/mine@2"
 
 
 @pytest.mark.parametrize(
