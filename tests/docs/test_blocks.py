@@ -1,9 +1,13 @@
 """Every block of the documentation is run, or says why not; and the comparison that the runs rest on."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from jaxdistill.config import load
+from jaxdistill.run_config import RunConfig
 from tests.docs.blocks import RUN, SHOWN, blocks, fits, line_fits
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +24,37 @@ def test_every_block_says_what_it_is(page):
         assert block.language in RUN or block.not_run is None, f"{block.where}: nothing in it would be run"
         if block.language == "console":
             assert list(block.commands()), f"{block.where}: a console block without a command"
+
+
+def yaml_blocks() -> list[Any]:
+    return [
+        pytest.param(block, id=block.where)
+        for page in PAGES
+        for block in blocks(ROOT, page)
+        if block.language == "yaml"
+    ]
+
+
+@pytest.mark.parametrize("block", yaml_blocks())
+def test_the_settings_of_a_page_are_settings(block, tmp_path):
+    """What a page shows of a config, put into the quickstart's, is a config."""
+    shown = yaml.safe_load(block.body) or {}
+    whole = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    if "teachers" in shown:
+        del whole["teacher"]
+    for section, settings in shown.items():
+        told_apart = section in ("objective", "teacher", "sampler")  # by their kind, which the other has not
+        joined = isinstance(settings, dict) and not told_apart
+        whole[section] = {**whole.get(section, {}), **settings} if joined else settings
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole, allow_unicode=True))
+    load(tmp_path / "config.yaml", [], RunConfig)
+
+
+def test_the_quickstart_is_shown_as_it_is():
+    shown = [b.body for b in blocks(ROOT, Path("docs/quickstart.md")) if b.language == "yaml"]
+    assert [yaml.safe_load(body) for body in shown] == [
+        yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    ]
 
 
 def test_a_block_is_read_with_its_rule(tmp_path):
