@@ -4,8 +4,12 @@ nothing, an anchor that is not there, or a page that `NAVIGATION` leaves out fai
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pydantic import BaseModel
 from sphinx.application import Sphinx
+
+from jaxdistill.config.describe import meaning
 
 # What stands beside every page, in a newcomer's order. Kept here and not in index.md, so that the Markdown
 # holds nothing but Markdown and reads well wherever it is shown.
@@ -69,6 +73,26 @@ def _file_or_page(app: Sphinx, docname: str, link: re.Match[str]) -> str:
     return link[0] if file.resolve().is_relative_to(app.srcdir) else f"{{download}}`{link[1]} <{link[2]}>`"
 
 
+def is_config(obj: object) -> bool:
+    return isinstance(obj, type) and issubclass(obj, BaseModel)
+
+
+def config_signature(app: Sphinx, what: str, name: str, obj: object, *_: object) -> tuple[str, str] | None:
+    """Of a config, no line with all its settings and their types: they are listed below it."""
+    return ("(**settings)", "") if is_config(obj) else None
+
+
+def config_settings(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Each setting of a config with its default, in the words of `--explain`."""
+    if not is_config(obj):
+        return
+    for setting, field in obj.model_fields.items():
+        default = "" if field.is_required() else f" (``{field.get_default(call_default_factory=True)!r}``)"
+        lines += ["", f"- ``{setting}``{default}: {' '.join(meaning(obj, setting).split())}"]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-signature", config_signature)
+    app.connect("autodoc-process-docstring", config_settings)
     app.connect("source-read", add_navigation)
     app.connect("source-read", link_files)

@@ -25,8 +25,6 @@ import pytest
 from tests.docs.blocks import RUN, Block, blocks, fits
 from tests.docs.test_blocks import PAGES
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("assets", "configs", "jaxdistill", "launch", "scripts", "tests")
 FILES = ("Makefile", "README.md", "pyproject.toml")
@@ -166,6 +164,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     yield Workspace(tmp_path_factory.mktemp("docs") / "jaxdistill")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ORDER, ids=str)
 def test_the_commands_of_a_page_do_what_it_shows(page, workspace):
     if not any(block.language in RUN and not block.not_run for block in blocks(ROOT, page)):
