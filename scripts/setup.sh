@@ -128,7 +128,7 @@ install() {
   rm -f "$VENV/jaxdistill-stamp"
   # -qq: errors only. Without it a machine's own pip settings fill the screen with warnings.
   if ! (cd "$ROOT" && "$VENV/bin/python" -I -m pip install -qq --no-input --disable-pip-version-check \
-    -c constraints.txt -e '.[test]'); then
+    -c constraints.txt -e '.[test,docs]'); then
     echo "setup: the installation failed for the reason above; the next call starts it anew" >&2
     exit 1
   fi

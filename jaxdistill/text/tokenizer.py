@@ -276,7 +276,7 @@ class Tokenizer:
     @cached_property
     def vocab_fingerprint(self) -> str:
         """sha256 of all that decides how text becomes ids, and of which id ends a turn; equal means that one
-        model can read the other's ids as they are. (A base model that ends with <|endoftext|> has another
+        model can read the other's ids as they are. (A base model that ends with `<|endoftext|>` has another
         one than the chat model of the same vocabulary: there its end is mapped by role.)"""
         document = self._files.document
         parts = [document.get("normalizer"), document.get("pre_tokenizer"), self.roles.get("end_of_turn")]
