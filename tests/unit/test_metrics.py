@@ -18,12 +18,13 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxdistill.errors import DataError
-from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, Sample, SampleLog, read_rows
+from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, Sample, SampleLog, TensorBoard, read_rows
 from jaxdistill.metrics.progress import display, duration, headline
 
 
 def quiet(folder: Path, *, tensorboard: bool = False) -> MetricsLog:
-    return MetricsLog(folder, tensorboard=tensorboard, total_steps=10, progress=False)
+    trackers = [TensorBoard(folder)] if tensorboard else []
+    return MetricsLog(folder, trackers=trackers, total_steps=10, progress=False)
 
 
 def values(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -272,7 +273,7 @@ def test_samples_of_a_step_stand_once_after_a_resume(tmp_path: Path) -> None:
 def test_plain_lines_say_the_step_the_headline_and_each_evaluation(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, width=40)
-    log = MetricsLog(tmp_path, tensorboard=False, total_steps=100, progress=True, every=50, console=console)
+    log = MetricsLog(tmp_path, total_steps=100, progress=True, every=50, console=console)
     with log:
         for step in range(101):
             if step in (0, 30, 100):
@@ -289,7 +290,7 @@ def test_plain_lines_say_the_step_the_headline_and_each_evaluation(tmp_path: Pat
 def test_a_terminal_gets_a_bar_with_the_headline(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)
-    with MetricsLog(tmp_path, tensorboard=False, total_steps=8, progress=True, console=console) as log:
+    with MetricsLog(tmp_path, total_steps=8, progress=True, console=console) as log:
         log.resume_at(5)
         log.log(5, {"eval/accuracy": 0.75})
         log.log(5, {"loss": 0.125, "tokens_per_second": 12345.0})
