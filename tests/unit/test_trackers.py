@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,19 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
 
 
-def records(path: Path) -> Iterator[Any]:
-    """What an offline run of W&B wrote: a log in LevelDB's format, here of one block."""
+def records(path: Path) -> list[Any]:
+    """All that an offline run of W&B wrote. Its service writes the end behind the run's back."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = list(written(path))
+        if any(one.WhichOneof("record_type") == "exit" for one in found):
+            return found
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.05)
+
+
+def written(path: Path) -> Iterator[Any]:
+    """A log in LevelDB's format, here of one block."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()
@@ -48,6 +60,8 @@ def records(path: Path) -> Iterator[Any]:
     at = 7
     while at + 7 <= len(data):
         _, size, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + size > len(data):
+            return
         assert kind == 1  # whole
         yield Record.FromString(data[at + 7 : at + 7 + size])
         at += 7 + size
@@ -56,7 +70,7 @@ def records(path: Path) -> Iterator[Any]:
 def test_wandb_gets_a_run_that_goes_on(tmp_path: Path, offline: None) -> None:
     folder = tmp_path / "run"
     run_in_two_parts(folder, wandb="team/mine")
-    parts = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    parts = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(parts) == 2
     begun, points = [], []
     for part in parts:
