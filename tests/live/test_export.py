@@ -5,10 +5,10 @@ r"""What a run reports is what its export does where it is served: the quickstar
 starts its own genuine SGLang server, of the export (`scripts/sglang_cpu.py`).
 
 A fair comparison asks the same prompts in the same way on both sides, often enough. The quickstart's own 256
-responses at temperature 1 leave a standard deviation of 1.2 points (most prompts are always right or always wrong),
-more than half of the two points asked for here. So both sides answer each of the 256 prompts 16 times: the run's
-held-out file has every row 16 times, and the difference of the two means has a standard deviation of less than
-half a point. Nothing else of the quickstart is changed but how often it evaluates.
+responses at temperature 1 leave a standard deviation of more than a point (most prompts are always right or
+always wrong), too much beside the two points asked for here. So both sides answer each of the 256 prompts 16
+times: the run's held-out file has every row 16 times, and the difference of the two means has a standard
+deviation of less than half a point. Of the quickstart only how much and how often it evaluates is changed.
 """
 
 import json
