@@ -117,7 +117,7 @@ class WandB:
         self.close()
         entity, _, project = self._project.rpartition("/")
         settings = wandb.Settings(console="off", silent=logs.quiet() or logs.as_json())
-        identity = _identity(self._folder, fresh=step == 0)
+        identity = _identity(self._folder, "wandb", fresh=step == 0)
         try:
             self._run = wandb.init(
                 entity=entity or None,
@@ -159,7 +159,7 @@ class Trackio:
         import trackio  # pyright: ignore[reportMissingImports] (an extra)
 
         self.close()
-        name = f"{self._folder.resolve().name}-{_identity(self._folder, fresh=step == 0)}"
+        name = f"{self._folder.resolve().name}-{_identity(self._folder, 'trackio', fresh=step == 0)}"
         with _said_on_stderr():
             self._run = trackio.init(
                 self._project,
@@ -186,9 +186,9 @@ class Trackio:
             self._run = None
 
 
-def _identity(folder: Path, *, fresh: bool) -> str:
-    """What the services know the run in `folder` by; with `fresh` a new one, else the one it had."""
-    path = folder / "tracked_as"
+def _identity(folder: Path, service: str, *, fresh: bool) -> str:
+    """What a service knows the run in `folder` by; with `fresh` something new, else what it was."""
+    path = folder / f"{service}_run"
     if fresh or not path.is_file():
         write_atomically(path, secrets.token_hex(4).encode())
     return path.read_text().strip()

@@ -83,7 +83,7 @@ def test_wandb_gets_a_run_that_goes_on(tmp_path: Path, offline: None) -> None:
                 }
                 points.append({name: float(value) for name, value in items.items() if name[0] != "_"})
     assert {(run.entity, run.project, run.display_name) for run in begun} == {("team", "mine", "run")}
-    assert {run.run_id for run in begun} == {(folder / "tracked_as").read_text()}
+    assert {run.run_id for run in begun} == {(folder / "wandb_run").read_text()}
     assert any(item.key == "run" and "7" in item.value_json for item in begun[0].config.update)
     assert points == [{"eval/accuracy": n / 4, "loss": n + 0.5} for n in (0, 1, 2, 2, 3)]
 
@@ -93,12 +93,13 @@ def test_trackio_gets_a_run_that_goes_on(
 ) -> None:
     pytest.importorskip("trackio", reason="no trackio here; it is in the test extra, as pinned")
     folder = tmp_path / "run"
-    run_in_two_parts(folder, trackio="mine")
+    run_in_two_parts(folder, trackio="mine", wandb="mine")  # neither takes the other's name
+    assert len(list(folder.glob(f"wandb/offline-run-*-{(folder / 'wandb_run').read_text()}*"))) == 2
     from trackio import Api
     from trackio.sqlite_storage import SQLiteStorage
 
     (run,) = Api().runs("mine")
-    assert run.name == f"run-{(folder / 'tracked_as').read_text()}" and run.config["run"] == {"seed": 7}
+    assert run.name == f"run-{(folder / 'trackio_run').read_text()}" and run.config["run"] == {"seed": 7}
     rows = SQLiteStorage.get_logs("mine", run.name)
     assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [
         (n, n + 0.5) for n in (0, 1, 2, 2, 3)
@@ -114,7 +115,7 @@ def test_a_run_that_begins_anew_is_another_one(tmp_path: Path, offline: None) ->
     for _ in range(2):
         with log_of(tmp_path, wandb="mine") as log:
             log.resume_at(0)
-        names.append((tmp_path / "tracked_as").read_text())
+        names.append((tmp_path / "wandb_run").read_text())
     assert names[0] != names[1]
 
 
