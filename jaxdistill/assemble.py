@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -23,7 +24,7 @@ from jaxdistill.evaluation import Evaluator, References, StudentLogprobs
 from jaxdistill.inputs import Inputs, Student, read_inputs
 from jaxdistill.loop import Run
 from jaxdistill.manifest import check_texts, count_parameters, write_manifest
-from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch
+from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch, make_trackers
 from jaxdistill.model_folders import model_folder
 from jaxdistill.optimizer import learning_rate, make_optimizer
 from jaxdistill.packing import lengthened
@@ -132,7 +133,17 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
         )
         stack.callback(batches.close)
         metrics = stack.enter_context(
-            MetricsLog(once, tensorboard=config.run.tensorboard, total_steps=config.run.steps, progress=True)
+            MetricsLog(
+                once,
+                total_steps=config.run.steps,
+                progress=True,
+                trackers=make_trackers(
+                    once,
+                    yaml.safe_load(dump(config)),
+                    tensorboard=config.run.tensorboard,
+                    projects=config.run.projects,
+                ),
+            )
         )
         yield Run(
             dir=folder,

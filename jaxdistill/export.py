@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from jaxdistill.cli import CommandParser, exit_code_of
-from jaxdistill.config import load
+from jaxdistill.config import dump, load
 from jaxdistill.errors import ConfigError
 from jaxdistill.model_folders import model_folder, without_revision
 
@@ -67,12 +69,13 @@ def export(
 ) -> int:
     """Write checkpoint `step` (default: the newest) of `run` to `out`, weights in `dtype`; returns the step.
     The adapters of a run that has them are merged into its student's weights, or with `adapters` written
-    alone.
+    alone. Beside the weights stand the tokenizer, the chat template, generation_config.json (not of adapters)
+    and a model card (`report.model_card`).
 
     An earlier export at `out` is replaced once the new one is whole. Raises `ConfigError` if `run` is no
     run folder, has no such checkpoint, chat template or adapters, or has adapters to other weights than
     `student.path` has now, or if `out` is anything but an export, `CheckpointError` if the checkpoint cannot
-    be read.
+    be read, `DataError` if the manifest or the metrics cannot.
     """
     # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
     import jax
@@ -81,6 +84,7 @@ def export(
     from jaxdistill.checkpoint import restore_params
     from jaxdistill.manifest import check_base
     from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings
+    from jaxdistill.report import model_card
     from jaxdistill.run_config import RunConfig
     from jaxdistill.run_folder import config_of
     from jaxdistill.students import (
@@ -127,12 +131,48 @@ def export(
         save_decoder(_whole(config, trained, mesh), fresh, source=source, dtype=dtype)
     if chat_template is not None:  # what it learned to read is part of the model
         (fresh / "chat_template.jinja").write_bytes(chat_template)
+    if not adapters:
+        generation = generation_config(config, source)
+        (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    card = model_card(
+        run,
+        yaml.safe_load(dump(config)),
+        step=chosen,
+        name=out.resolve().name,
+        place=out,
+        dtype=dtype,
+        adapters=adapters,
+    )
+    (fresh / "README.md").write_text(card)
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")
     if out.exists():
         out.rename(old)
     fresh.rename(out)
     shutil.rmtree(old, ignore_errors=True)
     return chosen
+
+
+def generation_config(config: "RunConfig", source: Path) -> dict[str, Any]:
+    """generation_config.json of the result: the student's own, or where there is none the run's own sampling.
+
+    In both `eos_token_id` are the ids that ended a response of the run: a base model that learned to end its
+    turns would otherwise be served without an end."""
+    from jaxdistill.text import Tokenizer  # as in `export`
+
+    tokenizer = Tokenizer.load(
+        str(source), roles=config.student.roles, chat_template=config.student.chat_template
+    )
+    ends = {"eos_token_id": sorted(tokenizer.stop_ids)}
+    if (own := source / "generation_config.json").is_file():
+        return json.loads(own.read_text()) | ends
+    model, rollout = json.loads((source / "config.json").read_text()), config.rollout
+    special = {name: model[name] for name in ("bos_token_id", "pad_token_id") if model.get(name) is not None}
+    if rollout.temperature == 0:
+        return special | ends | {"do_sample": False}
+    # Where nothing is said transformers takes the 50 likeliest, and SGLang refuses 0 for all of them.
+    top_k = rollout.top_k or tokenizer.vocab_size
+    sampling = {"temperature": rollout.temperature, "top_k": top_k, "top_p": rollout.top_p}
+    return special | ends | {"do_sample": True, **sampling, "min_p": rollout.min_p}
 
 
 def _whole(config: "RunConfig", trained: Any, mesh: "Mesh") -> "Decoder":

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError, DataError, TooLongError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
+from jaxdistill.metrics import check_installed
 from jaxdistill.model_folders import model_folder
 from jaxdistill.parallel import make_mesh, processes
 from jaxdistill.parallel.rules import AnyMesh, idle_axes
@@ -88,6 +89,7 @@ class Inputs(Student):
 def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
     """Load the data, the student (`shapes_only` as in `read_student`) and the tokenizers, and build the
     objective. Raises `ConfigError` or `DataError`."""
+    check_installed(config.run.projects)
     everything = read_prompts(config.data.path)
     if config.data.prompts_per_step % processes.count():
         raise ConfigError(

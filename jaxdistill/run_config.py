@@ -13,6 +13,7 @@ from jaxdistill.evaluation import EvalConfig
 from jaxdistill.losses import ObjectiveConfig
 from jaxdistill.losses.reverse_kl import ReverseKLConfig
 from jaxdistill.losses.sum import SumConfig
+from jaxdistill.metrics import SERVICES
 from jaxdistill.optimizer import OptimizerConfig
 from jaxdistill.packing import ShapesConfig
 from jaxdistill.parallel import MeshConfig, processes
@@ -40,7 +41,8 @@ _METRIC_GROUPS = frozenset({"eval", "references", "seconds"})
 
 class RunSection(StrictConfig):
     """Length (`steps`), place (`dir`) and `seed` of the run. The same seed, data and models give the same
-    run. `tensorboard`: metrics are written for it too.
+    run. `tensorboard`: metrics are written for it too, into the folder; `wandb` (PROJECT, or ENTITY/PROJECT)
+    and `trackio` name the project of such a service that gets them beside.
 
     `compilation_cache` is a folder for compiled programs, which a later start on the same kind of device with
     the same versions reads in place of compiling; null for jax's own setting (JAX_COMPILATION_CACHE_DIR).
@@ -54,9 +56,16 @@ class RunSection(StrictConfig):
     dir: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
     tensorboard: bool = True
+    wandb: str | None = Field(default=None, min_length=1)
+    trackio: str | None = Field(default=None, min_length=1)
     compilation_cache: Path | None = None
     max_hours: float | None = Field(default=None, gt=0)
     barrier_timeout_s: float = Field(default=600.0, gt=0)
+
+    @property
+    def projects(self) -> dict[str, str | None]:
+        """The project of each tracking service by the service's name, None where it gets nothing."""
+        return {service: getattr(self, service) for service in SERVICES}
 
 
 class StudentConfig(StrictConfig):

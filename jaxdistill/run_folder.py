@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Settings that may change between two parts of a run, because no number of it depends on them: where
 # things are, how patiently a server is asked, how often something is written.
 _FREE = re.compile(
-    r"(run\.dir|run\.tensorboard|run\.compilation_cache|run\.max_hours|run\.barrier_timeout_s|optimizer\.max_skipped|checkpoint\..*"
+    r"(run\.dir|run\.tensorboard|run\.wandb|run\.trackio|run\.compilation_cache|run\.max_hours|run\.barrier_timeout_s|optimizer\.max_skipped|checkpoint\..*"
     r"|sampler\.weights|(sampler|teacher|teachers\.\d+)\.(endpoint|api_key_env|record|canary_tolerance|attempts|backoff_(max_)?s|breaker_.*|hedge_share"
     r"|max_concurrency|max_unscored|request_timeout_s|batch_budget_s|start_timeout_s)(\..*)?)"
 )

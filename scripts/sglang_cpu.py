@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -226,8 +227,12 @@ def tail(log: IO[bytes]) -> str:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """A port nobody listens on. The server takes it half a minute later, so it lies below those that Linux
+    gives to whoever connects in the meantime."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def say(message: str) -> None:

@@ -1,16 +1,17 @@
-"""The numbers of a run: metrics.jsonl, TensorBoard, and the progress on screen."""
+"""The numbers of a run: metrics.jsonl, the trackers, and the progress on screen."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
 from jaxdistill.metrics.progress import display
 from jaxdistill.metrics.rows import RowFile, jsonable
+from jaxdistill.metrics.trackers import Tracker
 
 
 class MetricsLog:
@@ -23,7 +24,7 @@ class MetricsLog:
 
     Without a `run_dir` nothing is written or shown: for a process whose rows another one writes.
 
-    `tensorboard` also writes the values under `tb/`. `progress` shows a bar on a terminal, and plain
+    `trackers` are given the values too, as they come. `progress` shows a bar on a terminal, and plain
     lines elsewhere (every `every` steps, by default 20 in a run, and each evaluation), on `console`,
     by default stderr.
     """
@@ -32,17 +33,16 @@ class MetricsLog:
         self,
         run_dir: Path | None,
         *,
-        tensorboard: bool,
         total_steps: int,
         progress: bool,
+        trackers: Sequence[Tracker] = (),
         every: int | None = None,
         console: Console | None = None,
     ) -> None:
         self._file = RowFile(run_dir and run_dir / "metrics.jsonl")
         progress &= run_dir is not None
         self._display = display(total_steps, progress=progress, every=every, console=console)
-        self._events = run_dir / "tb" if tensorboard and run_dir is not None else None
-        self._writer: SummaryWriter | None = None
+        self._trackers = trackers
         self._row: dict[str, Any] | None = None
         self._written = True
         self._started = time.monotonic()
@@ -55,9 +55,8 @@ class MetricsLog:
         self._row, self._written = None, True
         self._started = time.monotonic()
         self._earlier_seconds = float((kept[-1].get("elapsed_seconds") if kept else 0.0) or 0.0)
-        self._close_writer()
-        if self._events is not None and self._events.exists():
-            self._open_writer(self._events, purge_step=step)
+        for tracker in self._trackers:
+            tracker.resume_at(step)
         self._display.begin(step)
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -81,7 +80,9 @@ class MetricsLog:
         row.update(_scalars(values))
         row["elapsed_seconds"] = round(self._earlier_seconds + time.monotonic() - self._started, 3)
         self._row, self._written = row, False
-        self._plot(step, {name: row[name] for name in values})
+        known = {name: row[name] for name in values if row[name] is not None}
+        for tracker in self._trackers:
+            tracker.log(step, known)
         self._display.update(step, row)
 
     def flush(self, before: int | None = None) -> None:
@@ -98,16 +99,16 @@ class MetricsLog:
             self._file.append([self._row])
             self._display.complete(step, self._row)
         self._written = True
-        if self._writer is not None:
-            self._writer.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
-        """Writes what is pending and lets go of the screen and of TensorBoard. May be called twice."""
-        try:
+        """Writes what is pending and lets go of the screen and of the trackers. May be called twice."""
+        with ExitStack() as stack:  # each, whatever becomes of the others
+            stack.callback(self._display.close)
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
             self.flush()
-        finally:
-            self._close_writer()
-            self._display.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -119,26 +120,6 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _plot(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        if self._events is None:
-            return
-        writer = self._writer or self._open_writer(self._events, purge_step=None)
-        for name, value in values.items():
-            if value is not None:
-                writer.add_scalar(name, value, step)
-
-    def _open_writer(self, folder: Path, purge_step: int | None) -> SummaryWriter:
-        # Event files are named by the second: two of one second would overwrite each other, and
-        # TensorBoard reads them in the order of their names.
-        suffix = f".{len(list(folder.glob('*'))):04d}"
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
-        return self._writer
-
-    def _close_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 def _scalars(values: Mapping[str, SupportsFloat]) -> dict[str, float | int | None]:

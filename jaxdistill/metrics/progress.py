@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console, RenderableType
@@ -49,6 +50,46 @@ def headline(row: Mapping[str, Any]) -> str:
         if key is not None:
             parts.append(f"{label} {'?' if row[key] is None else show(row[key])}")
     return "  ".join(parts)
+
+
+# What a teacher counts in a step's row, as NAME/<this>; all but the first is trouble.
+TEACHER_COUNTS = (
+    "requests", "retries", "hedges", "breaker_openings", "too_long", "bad_reply", "not_recorded",
+)  # fmt: skip
+
+
+def teacher_counts(row: Mapping[str, Any]) -> dict[str, float]:
+    """What all teachers together counted in a row, by the names of `TEACHER_COUNTS`."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        teacher, _, what = key.rpartition("/")
+        if teacher and what in TEACHER_COUNTS:
+            found[what] = found.get(what, 0.0) + (value or 0.0)
+    return found
+
+
+def teacher_health(counts: Mapping[str, float]) -> str:
+    """Counts as one line: the requests, and whatever went wrong; empty without a teacher."""
+    trouble = teacher_trouble(counts)
+    said = [f"requests {counts.get('requests', 0):.0f}", *(trouble or ["no trouble"])]
+    return f"teacher: {'  '.join(said)}" if counts else ""
+
+
+def teacher_trouble(counts: Mapping[str, float]) -> list[str]:
+    """Each kind of trouble there was, and how often."""
+    return [
+        f"{name.replace('_', ' ')} {counts[name]:,.0f}" for name in TEACHER_COUNTS[1:] if counts.get(name)
+    ]
+
+
+def stages(row: Mapping[str, Any]) -> str:
+    """Where the seconds of a row's step went, as one line, the longest first; empty without any."""
+    seconds = {
+        key.removeprefix("seconds/"): value for key, value in row.items() if key.startswith("seconds/")
+    }
+    known = sorted(((value or 0.0, name) for name, value in seconds.items()), reverse=True)
+    parts = [f"{name} {value:.2f}" for value, name in known if value >= 0.005]
+    return f"seconds: {'  '.join(parts)}" if parts else ""
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
@@ -120,21 +161,24 @@ class Objects(Display):
 
 
 class _Bar(Progress):
-    """A progress bar with the headline metrics on a line of its own, which a narrow terminal can wrap."""
+    """A progress bar with lines of their own below it (text and style), which a narrow terminal can wrap."""
 
-    headline = ""
+    below: Sequence[tuple[str, str]] = ()
 
     def get_renderables(self) -> Any:
         tables: list[RenderableType] = [self.make_tasks_table(self.tasks)]
-        return [*tables, Text(self.headline, style="cyan")]
+        return [*tables, *(Text(text, style=style) for text, style in self.below if text)]
 
 
 class Terminal(Display):
-    """A live bar with step, time and ETA; evaluations scroll past above it."""
+    """A live bar with step, time and ETA, and below it the headline, the seconds of the last whole step by
+    stage, and what the teachers counted since the start; evaluations scroll past above it."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._total = total_steps
         self._values: dict[str, Any] = {}
+        self._counts: Counter[str] = Counter()
+        self._stages = ""
         self._task: TaskID | None = None
         self._bar = _Bar(
             TextColumn("step"),
@@ -159,17 +203,28 @@ class Terminal(Display):
         if self._task is None:
             self.begin(step)
         self._values.update(row)  # an evaluation stays in sight until the next one
-        self._bar.headline = headline(self._values)
+        self._show()
 
     def complete(self, step: int, row: Mapping[str, Any]) -> None:
         if self._task is not None:
             self._bar.update(self._task, completed=min(step + 1, self._total))
+        self._counts.update(teacher_counts(row))
+        self._stages = stages(row) or self._stages
+        self._show()
         if is_evaluation(row):
             evaluation = {key: value for key, value in row.items() if key.startswith("eval/")}
             self._bar.console.print(f"step {step}  {headline(evaluation)}", markup=False, highlight=False)
 
     def close(self) -> None:
         self._bar.stop()
+
+    def _show(self) -> None:
+        trouble = teacher_trouble(self._counts)
+        self._bar.below = (
+            (headline(self._values), "cyan"),
+            (self._stages, "dim"),
+            (teacher_health(self._counts), "yellow" if trouble else "dim"),
+        )
 
 
 def display(total_steps: int, *, progress: bool, every: int | None, console: Console | None) -> Display:

@@ -1,12 +1,13 @@
 """The figures at the top of a report: what they were before, what they are after."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from jaxdistill.metrics.progress import duration
+from jaxdistill.metrics.progress import duration, teacher_counts, teacher_trouble
 from jaxdistill.report.run_data import RunData, Series
 
 MINUS = "\N{MINUS SIGN}"
@@ -120,6 +121,12 @@ def _facts(run: RunData) -> list[Tile]:
         facts.append(Tile("Wall time", duration(float(elapsed[-1])), "evaluations and compilation included"))
     if len(speed := run.series("tokens_per_second").finite().values):
         facts.append(Tile("Tokens per second", f"{np.median(speed):,.0f}", "median over the steps"))
+    counts = Counter[str]()
+    for row in run.rows:
+        counts.update(teacher_counts(row))
+    if counts:
+        source = ", ".join(teacher_trouble(counts)) or "no retry, no hedge, no row without scores"
+        facts.append(Tile("Teacher requests", f"{counts['requests']:,.0f}", source))
     if len(programs := run.series("recompiles").finite().values):
         most = int(programs.max())
         facts.append(Tile("Recompilations", f"{most:,}", "after warm-up", verdict="bad" if most else "even"))

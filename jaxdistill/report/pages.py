@@ -11,14 +11,15 @@ from jaxdistill.metrics.rows import write_atomically
 from jaxdistill.report.plots import theme_css
 
 
-def _template(name: str) -> str:
+def template_text(name: str) -> str:
+    """The template of that name as it is shipped."""
     return resources.files("jaxdistill.report").joinpath(name).read_text("utf-8")
 
 
 def render_page(template: str, **values: Any) -> str:
     """The template of that name filled in, as HTML; every value is escaped that is not `Markup`."""
     environment = Environment(
-        loader=FunctionLoader(_template),
+        loader=FunctionLoader(template_text),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

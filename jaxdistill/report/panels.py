@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 from markupsafe import Markup
 
-from jaxdistill.report.plots import Chart, Curve, curve_plot, running_mean, stack_plot
+from jaxdistill.metrics.progress import TEACHER_COUNTS, teacher_counts
+from jaxdistill.report.plots import MOST_BANDS, Chart, Curve, curve_plot, running_mean, stack_plot
 from jaxdistill.report.run_data import RunData, Series
 
 SMOOTH_FROM = 60  # steps; shorter runs are shown as they are
@@ -123,7 +124,7 @@ def panels(run: RunData) -> list[Panel]:
     """Every panel the run has data for, in reading order."""
     drawn = [_panel(plot, run) for plot in PLOTS]
     place = 1 + next(n for n, plot in enumerate(PLOTS) if plot.name == "throughput")
-    drawn.insert(place, _stages(run))
+    drawn[place:place] = [_stages(run), _trouble(run)]
     return [panel for panel in drawn if panel is not None]
 
 
@@ -204,3 +205,29 @@ def _stages(run: RunData) -> Panel | None:
     peak = float(sum(values[slowest] for values in seconds.values()))
     note = f"The slowest step was {rows[slowest]['step']} with {peak:.2f} s; the axis covers the usual step."
     return Panel(title, Markup(svg), note)
+
+
+def _trouble(run: RunData) -> Panel | None:
+    """What went wrong between the run and its teachers; nothing is drawn where nothing did."""
+    steps = [(row["step"], teacher_counts(row)) for row in run.rows]
+    known = [(step, counts) for step, counts in steps if counts]
+    names = [one for one in TEACHER_COUNTS[1:] if any(counts.get(one) for _, counts in known)]
+    if not names:
+        return None
+    at = np.array([step for step, _ in known], np.float64)
+    width = 1 + len(known) // MOST_BANDS
+    edges = range(0, len(known), width)
+    totals = {
+        name: np.add.reduceat(np.array([counts.get(name, 0.0) for _, counts in known]), edges)
+        for name in names
+    }
+    curves = [
+        Curve(
+            f"{name.replace('_', ' ')} {totals[name].sum():,.0f}", Series(at[::width], totals[name]), number
+        )
+        for number, name in enumerate(names)
+    ]
+    per = "step" if width == 1 else f"{width} steps"
+    svg = curve_plot("teacher", "Teacher trouble over the steps", [Chart(f"per {per}", curves, zero=True)])
+    note = "Of all teachers. Retries and hedges cost time alone; a row that got no scores teaches nothing."
+    return Panel("Teacher trouble", Markup(svg), note)

@@ -81,7 +81,7 @@ def read_run(run_dir: Path) -> RunData:
         samples=read_rows(run_dir / "samples.jsonl"),
         config_text=config_text,
         config=_config(config_text, run_dir / "config.yaml"),
-        manifest=_manifest(run_dir / "manifest.json"),
+        manifest=read_manifest(run_dir / "manifest.json"),
     )
 
 
@@ -97,7 +97,8 @@ def _config(text: str | None, path: Path) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _manifest(path: Path) -> Mapping[str, Any] | None:
+def read_manifest(path: Path) -> Mapping[str, Any] | None:
+    """A run's manifest.json, None where there is none. Raises DataError where it is no JSON."""
     text = _text(path)
     if text is None:
         return None

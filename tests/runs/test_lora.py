@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -104,6 +105,10 @@ def test_adapters_alone_are_written_for_peft(run, tmp_path):
     np.testing.assert_array_equal(tensors[name.format("A")], np.asarray(ours["down_lora_a"][1]).T)
     np.testing.assert_array_equal(tensors[name.format("B")], np.asarray(ours["down_lora_b"][1]).T)
     assert len(tensors) == 2 * 7 * 3
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft"
+    assert "PeftModel.from_pretrained" in card and "rank=4" in card
+    assert not (out / "generation_config.json").exists()  # the base has its own
     both = call(*arguments, "--dtype", "bfloat16")
     assert both.returncode == 2 and "float32" in both.stderr
 

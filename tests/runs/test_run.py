@@ -1,10 +1,17 @@
 """The path end to end: what a run leaves behind, how it resumes, and what its result is good for."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from jaxdistill.config import load
+from jaxdistill.export import generation_config
+from jaxdistill.run_config import RunConfig
 
 from .conftest import ROOT, apart, call, kill_at_row, rows, without_clocks, words
 
@@ -83,6 +90,66 @@ def test_export_writes_a_folder_that_loads_with_the_trained_weights(finished, tm
         and "no checkpoint of step 5" in wrong.stderr
         and "Traceback" not in wrong.stderr
     )
+
+
+def test_an_export_loads_elsewhere_and_says_where_it_comes_from(finished, tmp_path):
+    out = tmp_path / "my|model"
+    assert call("export", "--run", str(finished), "--out", str(out), "--step", "4").returncode == 0
+    ends = GenerationConfig.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (ends.eos_token_id, ends.pad_token_id) == ([4], 2)
+    assert AutoConfig.from_pretrained(out).model_type == "llama"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert tokenizer.convert_ids_to_tokens(4) in tokenizer.apply_chat_template(turns, tokenize=False)
+    _, front, card = (out / "README.md").read_text().split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert facts["base_model"] == "assets/toy/student" and facts["library_name"] == "transformers"
+    manifest = json.loads((finished / "manifest.json").read_text())
+    first, last = (next(row for row in rows(finished) if row["step"] == step) for step in (0, 4))
+    accuracy = f"| `accuracy` | {first['eval/accuracy']:.4g} | {last['eval/accuracy']:.4g} |"
+    said = (
+        accuracy,
+        "| step 0 | step 4 |",
+        "4 of 6, seed 0",
+        manifest["data"]["fingerprint"],
+        "kind=reverse_kl",
+    )
+    for words_of_it in (*said, manifest["teachers"]["teacher"]["identity"]["model"], r"# my\|model"):
+        assert words_of_it in card, words_of_it
+
+
+def test_a_run_without_an_evaluation_has_no_figures(train, served, tmp_path):
+    assert train(tmp_path / "run", *served, "run.steps=1", "eval.path=null").returncode == 0
+    out = tmp_path / "model"
+    assert call("export", "--run", str(tmp_path / "run"), "--out", str(out)).returncode == 0
+    card = (out / "README.md").read_text()
+    assert "Held-out" not in card and "## How it was made" in card and "step 0" not in card
+
+
+def test_a_student_without_a_generation_config_gets_the_runs(tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(ROOT / "assets/toy/student", folder)
+    (folder / "generation_config.json").unlink()
+    file, allow = ROOT / "configs/quickstart.yaml", "objective.temperature_mismatch=allow"
+    config = load(file, [f"student.path={folder}", "rollout.temperature=0.7", allow], RunConfig)
+    found = generation_config(config, folder)
+    assert found == {
+        "bos_token_id": 1, "pad_token_id": 2, "eos_token_id": [4], "do_sample": True, "temperature": 0.7,
+        "top_k": 411, "top_p": 1.0, "min_p": 0.0,
+    }  # fmt: skip
+    greedy = load(file, [f"student.path={folder}", "rollout.temperature=0", allow], RunConfig)
+    assert generation_config(greedy, folder) == {
+        "bos_token_id": 1, "pad_token_id": 2, "eos_token_id": [4], "do_sample": False,
+    }  # fmt: skip
+
+
+def test_a_students_own_generation_config_is_kept_but_ends_as_the_run_did(tmp_path):
+    """A base model's says nothing of the end of turn that the run taught it."""
+    folder = tmp_path / "student"
+    shutil.copytree(ROOT / "assets/toy/student", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.3}')
+    config = load(ROOT / "configs/quickstart.yaml", [f"student.path={folder}"], RunConfig)
+    assert generation_config(config, folder) == {"eos_token_id": [2, 4], "temperature": 0.3}
 
 
 @pytest.mark.slow

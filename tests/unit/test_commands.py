@@ -196,7 +196,7 @@ def test_warnings_of_python_are_lines_too() -> None:
 
 
 def log_steps(folder: Path) -> None:
-    with MetricsLog(folder, tensorboard=False, total_steps=3, progress=True) as metrics:
+    with MetricsLog(folder, total_steps=3, progress=True) as metrics:
         for step in range(3):
             metrics.log(step, {"loss": float("nan") if step == 1 else 0.5})
 

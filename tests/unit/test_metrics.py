@@ -18,12 +18,13 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxdistill.errors import DataError
-from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, Sample, SampleLog, read_rows
-from jaxdistill.metrics.progress import display, duration, headline
+from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, Sample, SampleLog, TensorBoard, read_rows
+from jaxdistill.metrics.progress import display, duration, headline, stages, teacher_health
 
 
 def quiet(folder: Path, *, tensorboard: bool = False) -> MetricsLog:
-    return MetricsLog(folder, tensorboard=tensorboard, total_steps=10, progress=False)
+    trackers = [TensorBoard(folder)] if tensorboard else []
+    return MetricsLog(folder, trackers=trackers, total_steps=10, progress=False)
 
 
 def values(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -272,7 +273,7 @@ def test_samples_of_a_step_stand_once_after_a_resume(tmp_path: Path) -> None:
 def test_plain_lines_say_the_step_the_headline_and_each_evaluation(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, width=40)
-    log = MetricsLog(tmp_path, tensorboard=False, total_steps=100, progress=True, every=50, console=console)
+    log = MetricsLog(tmp_path, total_steps=100, progress=True, every=50, console=console)
     with log:
         for step in range(101):
             if step in (0, 30, 100):
@@ -289,7 +290,7 @@ def test_plain_lines_say_the_step_the_headline_and_each_evaluation(tmp_path: Pat
 def test_a_terminal_gets_a_bar_with_the_headline(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)
-    with MetricsLog(tmp_path, tensorboard=False, total_steps=8, progress=True, console=console) as log:
+    with MetricsLog(tmp_path, total_steps=8, progress=True, console=console) as log:
         log.resume_at(5)
         log.log(5, {"eval/accuracy": 0.75})
         log.log(5, {"loss": 0.125, "tokens_per_second": 12345.0})
@@ -297,6 +298,26 @@ def test_a_terminal_gets_a_bar_with_the_headline(tmp_path: Path) -> None:
     shown = text.getvalue()
     for piece in ("7/8", "ETA", "loss 0.2500", "12.3k", "eval accuracy 75.0%", "step 5"):
         assert piece in shown
+
+
+def test_a_terminal_says_where_the_time_goes_and_how_the_teachers_are(tmp_path: Path) -> None:
+    """The seconds are those of the last step, the counts those of all steps and teachers."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100)
+    with MetricsLog(tmp_path, total_steps=8, progress=True, console=console) as log:
+        calm = {"a/requests": 3, "b/requests": 2, "a/retries": 0, "seconds/train": 9.0}
+        log.log(0, calm | {"b/reverse_kl_per_byte": 0.1})
+        log.log(1, {"eval/accuracy": 0.5})
+        log.flush()
+        log.log(
+            2, {"a/requests": 4, "a/retries": 2, "b/bad_reply": 1, "seconds/train": 0.25, "seconds/pack": 0}
+        )
+    frames = text.getvalue()
+    last = frames[frames.rindex("seconds: ") :]
+    assert last.startswith("seconds: train 0.25") and "pack" not in last
+    assert "teacher: requests 9  retries 2  bad reply 1\x1b" in last and "9.00" not in last
+    assert teacher_health({"requests": 5.0, "hedges": 0.0}) == "teacher: requests 5  no trouble"
+    assert teacher_health({}) == stages({"loss": 1.0}) == ""
 
 
 def test_nothing_is_shown_where_nothing_is_wanted(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

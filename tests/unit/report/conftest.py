@@ -65,6 +65,10 @@ def rows(steps: int, *, evaluate_every: int, seed: int = 0) -> list[dict[str, An
                 "seconds/sample": rng.normal(0.14, 0.02) if step else 6.1,
                 "seconds/teacher": rng.normal(0.1, 0.02),
                 "seconds/align": rng.normal(0.02, 0.002),
+                "teacher/requests": 3.0,
+                "teacher/retries": float(rng.poisson(0.3)) if 0.4 < part < 0.5 else 0.0,
+                "teacher/hedges": float(rng.poisson(0.1)),
+                "teacher/bad_reply": 0.0,
             }
         row["elapsed_seconds"] = 20 + 0.57 * step
         out.append(row)
@@ -94,13 +98,15 @@ def samples(step: int, *, good: bool) -> list[Sample]:
     return out
 
 
-def write_run(folder: Path, *, steps: int = 90, evaluate_every: int = 10, seed: int = 0) -> Path:
-    """Writes a whole run folder and returns it."""
+def write_run(
+    folder: Path, *, steps: int = 90, evaluate_every: int = 10, seed: int = 0, copies: int = 1
+) -> Path:
+    """Writes a whole run folder, its samples `copies` times, and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     RowFile(folder / "metrics.jsonl").append(rows(steps, evaluate_every=evaluate_every, seed=seed))
     log = SampleLog(folder)
-    log.log(0, samples(0, good=False))
-    log.log(steps, samples(steps, good=True))
+    log.log(0, samples(0, good=False) * copies)
+    log.log(steps, samples(steps, good=True) * copies)
     (folder / "config.yaml").write_text(CONFIG.format(steps=steps))
     manifest = {"versions": {"jax": "0.12.0", "python": "3.12"}, "hardware": {"devices": ["cpu"], "cores": 2}}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -1,0 +1,123 @@
+r"""What a run reports is what its export does where it is served: the quickstart's student, whole.
+
+    python -m pytest -m live tests/live/test_export.py
+
+starts its own genuine SGLang server, of the export (`scripts/sglang_cpu.py`).
+
+A fair comparison asks the same prompts in the same way on both sides, often enough. The quickstart's own 256
+responses at temperature 1 leave a standard deviation of more than a point (most prompts are always right or
+always wrong), too much beside the two points asked for here. So both sides answer each of the 256 prompts 16
+times: the run's held-out file has every row 16 times, and the difference of the two means has a standard
+deviation of less than half a point. Of the quickstart only how much and how often it evaluates is changed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+from transformers import AutoTokenizer
+
+from jaxdistill.data import read_prompts
+from jaxdistill.scorers import load_scorer
+from scripts import sglang_cpu
+
+from .conftest import ROOT
+
+pytestmark = pytest.mark.live
+
+HELDOUT = ROOT / "assets/toy/heldout.jsonl"
+EACH = 16  # responses to a prompt, on both sides
+POINTS = 0.02
+
+
+def call(*words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxdistill", *words],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a quickstart."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    rows = HELDOUT.read_text() * EACH
+    (folder / "heldout.jsonl").write_text(rows)
+    often = (f"eval.path={folder}/heldout.jsonl", f"eval.prompts={len(rows.splitlines())}", "eval.every=80")
+    call("train", "--config", "configs/quickstart.yaml", f"run.dir={folder}/run", *often)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Path:
+    """Its export."""
+    out = run.parent / "model"
+    call("export", "--run", str(run), "--out", str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[str]:
+    """The address of a genuine server of the export."""
+    environment = sglang_cpu.environment()
+    sglang_cpu.install(environment)
+    port = sglang_cpu.free_port()
+    command, variables = sglang_cpu.server_command(environment, model, "127.0.0.1", port)
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile(mode="w+b") as log:
+        server = subprocess.Popen(
+            command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            sglang_cpu.wait_healthy(server, f"{url}/health_generate", log, time.monotonic() + 300)
+            yield url
+        finally:
+            sglang_cpu.stop(server)
+
+
+def generate(url: str, **body: Any) -> Any:
+    request = Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=600) as reply:
+        return json.loads(reply.read())
+
+
+def test_the_served_student_is_as_right_as_the_run_says(run: Path, model: Path, served: str) -> None:
+    """Rendered, tokenized and ended by what stands in the export: no stop is named."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    reported = last["eval/accuracy"]
+    assert last["step"] == 80 and reported > 0.8  # it has learned the task, whose accuracy was 9 %
+    prompts = read_prompts(HELDOUT)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    chats = [
+        tokenizer.apply_chat_template(list(one.messages), tokenize=False, add_generation_prompt=True)
+        for one in prompts
+    ]
+    scorer = load_scorer("final_line").function
+    right = 0.0
+    for turn in range(EACH):
+        sampling = [
+            {"temperature": 1.0, "max_new_tokens": 48, "sampling_seed": turn * len(chats) + number}
+            for number in range(len(chats))
+        ]
+        replies = generate(served, text=chats, sampling_params=sampling)
+        for prompt, reply in zip(prompts, replies, strict=True):
+            # As in the run: what was cut at the length limit has no answer.
+            ended = reply["meta_info"]["finish_reason"]["type"] == "stop"
+            right += float(scorer(reply["text"], prompt)) if ended else 0.0
+    found = right / (EACH * len(chats))
+    print(f"accuracy: {reported:.4f} in the run, {found:.4f} served")
+    assert abs(found - reported) <= POINTS
