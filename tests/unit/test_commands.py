@@ -244,19 +244,6 @@ def test_the_page_has_every_word_and_no_option_that_there_is_not() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) <= there
 
 
-def test_what_the_page_shows_of_explain_is_what_it_says(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    (shown,) = re.findall(
-        r"^\$ jaxdistill (train .* --explain .*)\n((?:.+\n)+?)```", PAGE, flags=re.MULTILINE
-    )
-    assert main(shown[0].split()) == 0
-    # Where it is defined moves whenever a line is added above.
-    said, expected = (re.sub(r"\.py:\d+", ".py", text) for text in (capsys.readouterr().out, shown[1]))
-    assert said == expected
-
-
 # --- completion
 
 
