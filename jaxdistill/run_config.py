@@ -36,7 +36,7 @@ _ASKED: Mapping[Part, tuple[str, str, str]] = {
     "shared": ("top_k", "16", "the teacher's most likely tokens"),
     "end": ("end_logprobs", "true", "the log-probability of the end of turn"),
 }
-_METRIC_GROUPS = frozenset({"eval", "references", "seconds"})
+_METRIC_GROUPS = frozenset({"eval", "references", "sampler", "seconds"})
 
 
 class RunSection(StrictConfig):

@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from jaxdistill.config import StrictConfig
 from jaxdistill.errors import ConfigError
 from jaxdistill.servers import EndpointSettings, RequestSettings
 from jaxdistill.text import Tokenizer
-
-# What stands before the slash in metrics that are not a teacher's.
-_METRICS = frozenset({"eval", "references", "sampler", "seconds"})
 
 
 class TeacherSettings(StrictConfig):
@@ -48,16 +45,6 @@ class TeacherSettings(StrictConfig):
         lt=1,
         description="share of a batch's rows that may lack scores before the run stops with a checkpoint",
     )
-
-    @field_validator("name")
-    @classmethod
-    def _own_name(cls, value: str) -> str:
-        if value in _METRICS:
-            raise ValueError(
-                f"{value!r} begins the names of other metrics; call the teacher something else than "
-                f"{', '.join(sorted(_METRICS))}"
-            )
-        return value
 
     @property
     def tokenizer_path(self) -> str:

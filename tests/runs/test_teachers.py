@@ -76,6 +76,7 @@ def test_a_replayed_run_has_the_recorded_run_s_losses(tmp_path: Path) -> None:
         ({"teachers": [CROSS | {"sources": ["toy"]}]}, "no teacher scores the sources ['other']"),
         ({"teachers": [CROSS, CROSS]}, "give each its own name"),
         ({"teachers": [CROSS | {"name": "eval"}]}, "a group of that name"),
+        ({"teachers": [CROSS | {"name": "sampler"}]}, "a group of that name"),
         ({"teacher": CROSS, "teachers": [OWN]}, "give one of the two"),
         ({"teachers": []}, "needs a teacher"),
     ],

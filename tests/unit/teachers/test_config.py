@@ -50,7 +50,6 @@ def test_an_endpoint_may_be_one_url_or_several(tmp_path: Path) -> None:
         ({"kind": "sglang", "endpoint": f"{URL}?key=1", "tokenizer": "t"}, "query"),
         ({"kind": "sglang", "endpoint": URL, "tokenizer": "t", "attempts": 0}, "attempts"),
         ({"kind": "sglang", "endpoint": URL, "tokenizer": "t", "name": "a/b"}, "name"),
-        ({"kind": "sglang", "endpoint": URL, "tokenizer": "t", "name": "eval"}, "begins the names of other"),
         ({"kind": "nope"}, "sglang.*embedded.*replay"),
     ],
 )
