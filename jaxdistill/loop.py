@@ -67,9 +67,10 @@ def train(run: Run) -> TrainState:
     """
     state = run.checkpoints.restore_or(run.initial, run.prompts)
     first = int(state.step)
-    run.metrics.resume_at(first)
-    run.samples.resume_at(first)
-    run.quarantine.replace_from(first, () if first else run.left_out)
+    with processes.together("the logs of the run"):  # a service may refuse the run
+        run.metrics.resume_at(first)
+        run.samples.resume_at(first)
+        run.quarantine.replace_from(first, () if first else run.left_out)
     with processes.together("the first push of the weights"), run.stop.at_once():
         run.policy.push(run.frozen | state.params, version=first)
     run.stopwatch.take()

@@ -59,11 +59,12 @@ TEACHER_COUNTS = (
 
 
 def teacher_counts(row: Mapping[str, Any]) -> dict[str, float]:
-    """What all teachers together counted in a row, by the names of `TEACHER_COUNTS`."""
+    """What all teachers together counted in a row, by the names of `TEACHER_COUNTS`; servers that
+    sample count alike, and are none."""
     found: dict[str, float] = {}
     for key, value in row.items():
         teacher, _, what = key.rpartition("/")
-        if teacher and what in TEACHER_COUNTS:
+        if teacher not in ("", "sampler") and what in TEACHER_COUNTS:
             found[what] = found.get(what, 0.0) + (value or 0.0)
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxdistill import export
+from jaxdistill import export, students
 from jaxdistill.checkpoint import CheckpointConfig, Checkpoints
 from jaxdistill.config import dump, load
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
@@ -31,7 +31,7 @@ def main(run: str, out: str) -> None:
     checkpoints = Checkpoints(Path(run), CheckpointConfig())
     checkpoints.save(1, state, {})
     checkpoints.close()
-    found, save = {}, export.save_decoder
+    found, save = {}, students.save_decoder
 
     def spy(decoder, *arguments, **named):
         for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(decoder))):
@@ -39,7 +39,7 @@ def main(run: str, out: str) -> None:
             found[jax.tree_util.keystr(path)] = [leaf.ndim, leaf.size, len(shards), max(shards)]
         save(decoder, *arguments, **named)
 
-    export.save_decoder = spy
+    students.save_decoder = spy  # the command imports it when it is called
     export.export(Path(run), None, Path(out))
     Path(f"{out}.json").write_text(json.dumps(found))
 
