@@ -142,6 +142,7 @@ def export(
         place=out,
         dtype=dtype,
         adapters=adapters,
+        taught=config.objective.needs_teacher or bool(config.origins.most("teacher")),
     )
     (fresh / "README.md").write_text(card)
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")

@@ -125,9 +125,13 @@ def _base(config: RunConfig) -> dict[str, str]:
 
 def check_base(run: Path, config: RunConfig) -> None:
     """Raise `ConfigError` where the folder `run` has adapters to other weights than `config.student.path` has
-    now: with these they mean nothing."""
+    now, with which they mean nothing, or where that is a model of the hub that has moved on since: its config
+    and tokenizer belong to a checkpoint as much."""
     path = run / "manifest.json"
-    if now := {f"student.{name}": value for name, value in _base(config).items()}:
+    now = {f"student.{name}": value for name, value in _base(config).items()}
+    if (commit := hub_commit(config.student.path)) is not None:
+        now["student.hub_commit"] = commit
+    if now:
         _check_fingerprints(path, _read(path, config).fingerprints, now, ())
 
 
@@ -145,9 +149,9 @@ def _check_fingerprints(
 ) -> None:
     """Raise `ConfigError` for the first field that differs and is not `allowed` to."""
     for field, value in now.items():
-        if value != before[field] and field not in allowed:
+        if value != (there := before.get(field, "none")) and field not in allowed:
             raise ConfigError(
-                f"{path.parent} was begun with another {field} ({before[field][:12]} there, {value[:12]} "
+                f"{path.parent} was begun with another {field} ({there[:12]} there, {value[:12]} "
                 "now); give its file the content it had, use another run.dir, or go on with the change by "
                 f"--allow-changed {field}"
             )
@@ -190,9 +194,10 @@ def _recorded(facts: Mapping[str, Any], config: RunConfig) -> _Recorded:
     # The templates first: a tokenizer's fingerprint holds its template too.
     templates = ("student.chat_template", *(f"teachers.{name}.chat_template" for name in teachers))
     weights = () if config.student.lora is None else ("student.weights",)
-    fingerprints = {
-        field: values[field] for field in (*templates, "student.tokenizer", *weights, "data.fingerprint")
-    }
+    # Only a model of the hub has one.
+    commit = ("student.hub_commit",) if values.get("student.hub_commit") else ()
+    named = (*templates, "student.tokenizer", *weights, *commit, "data.fingerprint")
+    fingerprints = {field: values[field] for field in named}
     identities = {name: TeacherIdentity.from_json(one["identity"]) for name, one in teachers.items()}
     return _Recorded(fingerprints, identities)
 

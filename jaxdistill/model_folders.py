@@ -4,6 +4,7 @@ A name is one text everywhere, in a config and on command lines: `models/Qwen3-1
 with a branch, tag or commit `Qwen/Qwen3-1.7B@main`. What lies here as a folder is never looked for elsewhere.
 """
 
+import logging
 import os
 import re
 from functools import cache
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit
 
 from jaxdistill import logs
 from jaxdistill.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
 _LONGEST = 200  # more than the hub's names have
@@ -48,9 +51,18 @@ def hub_commit(name: str) -> str | None:
     return None if _is_here(name) else model_folder(name).name
 
 
+def hub_name(name: str) -> tuple[str, str | None] | None:
+    """Of a model of the hub its id, as other libraries know it, and its revision; None for a folder."""
+    if _is_here(name):
+        return None
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def without_revision(name: str) -> str:
     """The name as other libraries know the model: of a hub id its id alone."""
-    return name if _is_here(name) else name.partition("@")[0]
+    found = hub_name(name)
+    return name if found is None else found[0]
 
 
 def _is_here(name: str) -> bool:
@@ -78,11 +90,12 @@ def _fetched(name: str, repository: str, revision: str | None, patterns: tuple[s
     # Of the HTTP library that the client has, httpx or httpx2.
     http_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     silent: Exception | None = None
+    refused: Exception | None = None
     try:  # the client's own first question waits for ever
         if not constants.HF_HUB_OFFLINE:
             HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except (HfHubHTTPError, HFValidationError):
-        pass  # an answer, which comes again below
+    except (HfHubHTTPError, HFValidationError) as error:
+        refused = error  # an answer, which comes again below, unless the cache has all of it
     except http_error as error:
         silent = error
     # No message of the hub's is repeated: it may say what it was sent.
@@ -94,6 +107,14 @@ def _fetched(name: str, repository: str, revision: str | None, patterns: tuple[s
             ignore_patterns=["*/*"],
             local_files_only=silent is not None,
         )
+        if (why_not := silent or refused) is not None:
+            logger.warning(
+                "%s: the hub at %s did not give it (%s); what the cache has is used, commit %s",
+                name,
+                place,
+                type(why_not).__name__,
+                Path(found).name,
+            )
         return Path(found)
     except GatedRepoError as error:
         why = (

@@ -73,6 +73,8 @@ def write_tokenizer(fields: dict[str, Any], tokenizer: Path | None, out: Path) -
         fetch_smollm2.build_tokenizer(fields).save(str(out / "tokenizer.json"))
         write_json(out / "tokenizer_config.json", fetch_smollm2.tokenizer_config(fields))
         return
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise DataError(f"--tokenizer {tokenizer} is no folder with a tokenizer.json; download it first")
     theirs, ours = Tokenizer.load(str(tokenizer)).vocab_size, len(fields["tokenizer.ggml.tokens"])
     if theirs > ours:
         raise DataError(f"--tokenizer {tokenizer} has {theirs} ids, the file {ours}; they are of two models")

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from jaxdistill.config import flat, show
 from jaxdistill.metrics.rows import read_rows
+from jaxdistill.model_folders import hub_name
 from jaxdistill.report.pages import template_text
 from jaxdistill.report.run_data import read_manifest
 
@@ -19,12 +20,21 @@ Row = tuple[str, str]  # what, and its value as Markdown
 
 
 def model_card(
-    run: Path, config: Mapping[str, Any], *, step: int, name: str, place: Path, dtype: str, adapters: bool
+    run: Path,
+    config: Mapping[str, Any],
+    *,
+    step: int,
+    name: str,
+    place: Path,
+    dtype: str,
+    adapters: bool,
+    taught: bool,
 ) -> str:
     """The card of checkpoint `step` of a run with the (dumped) `config`, as Markdown with YAML in front.
 
-    `place` is the export's folder, `dtype` that of its weights; `adapters`: it holds those alone. What the
-    run folder does not say is left out: without an evaluation there are no figures. Raises `DataError` where
+    `place` is the export's folder, `dtype` that of its weights; `adapters`: it holds those alone. `taught`:
+    it learned from its teachers, which a run may also have for its evaluations alone. What the run folder
+    does not say is left out: without an evaluation there are no figures. Raises `DataError` where
     its manifest.json or metrics.jsonl cannot be read as what it should be.
     """
     manifest = read_manifest(run / "manifest.json") or {}
@@ -43,7 +53,8 @@ def model_card(
         front=front_matter(config, adapters=adapters),
         name=plain(name),
         student=config["student"]["path"],
-        base=config["student"]["path"],
+        base=hub_name(config["student"]["path"]) or (config["student"]["path"], None),
+        taught=taught,
         teachers=teachers_of(manifest, config),
         figures=figures,
         figure_steps=steps,
@@ -58,9 +69,10 @@ def model_card(
 def front_matter(config: Mapping[str, Any], *, adapters: bool) -> str:
     """What hubs read of a card, as YAML."""
     tags = ["jaxdistill", "distillation", "on-policy-distillation", *(["lora"] if adapters else [])]
-    values = {
-        "base_model": config["student"]["path"],
-        "base_model_relation": "adapter" if adapters else "finetune",
+    base = hub_name(config["student"]["path"])
+    relation = "adapter" if adapters else "finetune"
+    values = {  # a folder's name means nothing there
+        **({} if base is None else {"base_model": base[0], "base_model_relation": relation}),
         "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": "text-generation",
         "tags": tags,

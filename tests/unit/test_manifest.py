@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxdistill import manifest as module
 from jaxdistill.config import load
 from jaxdistill.errors import ConfigError
 from jaxdistill.inputs import read_inputs
-from jaxdistill.manifest import write_manifest
+from jaxdistill.manifest import check_base, write_manifest
 from jaxdistill.run_config import RunConfig
 from jaxdistill.teachers import EmbeddedConfig, Routes, TeacherIdentity, Teachers
 from jaxdistill.teachers.sglang import SGLangTeacher
@@ -85,3 +86,20 @@ def test_a_broken_manifest_is_to_be_restored(write: Callable[[Path], None], mani
     manifest.unlink()
     with pytest.raises(ConfigError, match=r"cannot be read \(.*No such file.*\); restore it"):
         write(manifest.parent)
+
+
+def test_a_model_of_the_hub_that_has_moved_on_is_another_base(
+    write: Callable[[Path], None], manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch may point elsewhere when a run is resumed, evaluated or exported."""
+    facts = json.loads(manifest.read_text())
+    facts["student"]["hub_commit"] = "a" * 40
+    manifest.write_text(json.dumps(facts))
+    config = load(QUICKSTART, [], RunConfig)
+    monkeypatch.setattr(module, "hub_commit", lambda name: "a" * 40)
+    check_base(manifest.parent, config)
+    write(manifest.parent)
+    monkeypatch.setattr(module, "hub_commit", lambda name: "b" * 40)
+    for check in (lambda: check_base(manifest.parent, config), lambda: write(manifest.parent)):
+        with pytest.raises(ConfigError, match=r"another student\.hub_commit \(a{12} there, b{12} now\)"):
+            check()

@@ -310,7 +310,15 @@ def test_a_terminal_says_where_the_time_goes_and_how_the_teachers_are(tmp_path: 
         log.log(1, {"eval/accuracy": 0.5})
         log.flush()
         log.log(
-            2, {"a/requests": 4, "a/retries": 2, "b/bad_reply": 1, "seconds/train": 0.25, "seconds/pack": 0}
+            2,
+            {
+                "a/requests": 4,
+                "sampler/requests": 40,
+                "a/retries": 2,
+                "b/bad_reply": 1,
+                "seconds/train": 0.25,
+                "seconds/pack": 0,
+            },
         )
     frames = text.getvalue()
     last = frames[frames.rindex("seconds: ") :]

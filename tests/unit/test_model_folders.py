@@ -167,9 +167,11 @@ def test_a_model_is_fetched_whole_and_nothing_else(hub: Hub, fetch: Fetch) -> No
     before = hub.got("model.safetensors")
     assert fetch("toys/student@v1").stdout == done.stdout and hub.got("model.safetensors") == before == 1
     assert fetch("toys/student@v1", HF_HUB_OFFLINE="1").stdout == done.stdout
-    for fault in ((500, ""), "silent"):
+    for fault, said in (((500, ""), "HfHubHTTPError"), ("silent", "ReadTimeout")):
         hub.fault = fault
-        assert fetch("toys/student@v1").stdout == done.stdout
+        again = fetch("toys/student@v1")
+        assert again.stdout == done.stdout
+        assert f"did not give it ({said}); what the cache has is used, commit {COMMIT}" in again.stderr
 
 
 def test_a_tokenizer_comes_without_weights(hub: Hub, fetch: Fetch) -> None:

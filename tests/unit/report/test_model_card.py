@@ -15,17 +15,26 @@ from jaxdistill.run_config import RunConfig
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 
 
-def card(run: Path, *overrides: str, adapters: bool = False) -> str:
+def card(run: Path, *overrides: str, adapters: bool = False, taught: bool = True) -> str:
     config: Any = yaml.safe_load(dump(load(QUICKSTART, overrides, RunConfig)))
     return model_card(
-        run, config, step=4, name="mine", place=Path("models/mine"), dtype="bfloat16", adapters=adapters
-    )
+        run, config, step=4, name="mine", place=Path("models/mine"), dtype="bfloat16", adapters=adapters,
+        taught=taught,
+    )  # fmt: skip
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     text = card(tmp_path)
     assert "Held-out" not in text and "fingerprint" not in text and "teacher" not in text.lower()
-    assert "trained on reference responses" in text and "| weights | bfloat16 |" in text
+    assert "student`, distilled with jaxdistill." in text and "| weights | bfloat16 |" in text
+    assert "base_model" not in text  # a folder of this machine
+    assert "trained on reference responses" in card(tmp_path, taught=False)
+
+
+def test_a_student_of_the_hub_is_named_as_the_hub_knows_it(tmp_path: Path) -> None:
+    text = card(tmp_path, "student.path=Qwen/Qwen3-1.7B@v2", adapters=True)
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "Qwen/Qwen3-1.7B"
+    assert 'from_pretrained("Qwen/Qwen3-1.7B", revision="v2")' in text
 
 
 def test_the_figures_are_of_the_first_evaluation_and_of_the_exported_step(tmp_path: Path) -> None:
