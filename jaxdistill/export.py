@@ -69,13 +69,13 @@ def export(
 ) -> int:
     """Write checkpoint `step` (default: the newest) of `run` to `out`, weights in `dtype`; returns the step.
     The adapters of a run that has them are merged into its student's weights, or with `adapters` written
-    alone. Beside the weights stand the tokenizer, the chat template, generation_config.json (not of adapters)
-    and a model card (`report.model_card`).
+    alone. Beside whole weights stand the tokenizer, the chat template and generation_config.json; beside both
+    a model card (`report.model_card`).
 
     An earlier export at `out` is replaced once the new one is whole. Raises `ConfigError` if `run` is no
     run folder, has no such checkpoint, chat template or adapters, or has adapters to other weights than
-    `student.path` has now, or if `out` is anything but an export, `CheckpointError` if the checkpoint cannot
-    be read, `DataError` if the manifest or the metrics cannot.
+    `student.path` has now, or if `out` is that student or anything but an export, `CheckpointError` if the
+    checkpoint cannot be read, `DataError` if the manifest or the metrics cannot.
     """
     # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
     import jax
@@ -103,6 +103,8 @@ def export(
     lora, source = config.student.lora, model_folder(config.student.path)
     if adapters and lora is None:
         raise ConfigError(f"{run} has no adapters: it was made without student.lora; leave --adapters out")
+    if out.exists() and out.resolve() == source.resolve():
+        raise ConfigError(f"--out {out} is the student that {run} began from; choose another folder")
     check_base(run, config)
     # Over all devices that are there: no host holds more than the tensor that is being written.
     mesh = make_mesh(MeshConfig())
@@ -116,6 +118,21 @@ def export(
         )
     )
     chosen, trained = restore_params(run, step, template)
+    # All that can still be wrong is found before gigabytes are written.
+    beside = {
+        "README.md": model_card(
+            run,
+            yaml.safe_load(dump(config)),
+            step=chosen,
+            name=out.resolve().name,
+            place=out,
+            dtype=dtype,
+            adapters=adapters,
+            taught=config.objective.needs_teacher or bool(config.origins.most("teacher")),
+        )
+    }
+    if not adapters:
+        beside["generation_config.json"] = json.dumps(generation_config(config, source), indent=2) + "\n"
     fresh, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -131,20 +148,8 @@ def export(
         save_decoder(_whole(config, trained, mesh), fresh, source=source, dtype=dtype)
     if chat_template is not None:  # what it learned to read is part of the model
         (fresh / "chat_template.jinja").write_bytes(chat_template)
-    if not adapters:
-        generation = generation_config(config, source)
-        (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    card = model_card(
-        run,
-        yaml.safe_load(dump(config)),
-        step=chosen,
-        name=out.resolve().name,
-        place=out,
-        dtype=dtype,
-        adapters=adapters,
-        taught=config.objective.needs_teacher or bool(config.origins.most("teacher")),
-    )
-    (fresh / "README.md").write_text(card)
+    for name, text in beside.items():
+        (fresh / name).write_text(text)
     (fresh / PROVENANCE).write_text(json.dumps({"run": str(run), "step": chosen}, indent=2) + "\n")
     if out.exists():
         out.rename(old)
@@ -165,7 +170,7 @@ def generation_config(config: "RunConfig", source: Path) -> dict[str, Any]:
     )
     ends = {"eos_token_id": sorted(tokenizer.stop_ids)}
     if (own := source / "generation_config.json").is_file():
-        return json.loads(own.read_text()) | ends
+        return json.loads(own.read_text()) | ends  # which the tokenizer has read too
     model, rollout = json.loads((source / "config.json").read_text()), config.rollout
     special = {name: model[name] for name in ("bos_token_id", "pad_token_id") if model.get(name) is not None}
     if rollout.temperature == 0:

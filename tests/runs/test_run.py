@@ -119,12 +119,24 @@ def test_an_export_loads_elsewhere_and_says_where_it_comes_from(finished, tmp_pa
         assert words_of_it in card, words_of_it
 
 
-def test_a_run_without_an_evaluation_has_no_figures(train, served, tmp_path):
-    assert train(tmp_path / "run", *served, "run.steps=1", "eval.path=null").returncode == 0
-    out = tmp_path / "model"
+def test_a_run_of_an_export_without_an_evaluation(train, served, tmp_path):
+    student, out = tmp_path / "student", tmp_path / "model"
+    shutil.copytree(ROOT / "assets/toy/student", student)
+    (student / "jaxdistill.json").write_text("{}")  # an earlier export, then
+    settings = (*served, "run.steps=1", "eval.path=null", f"student.path={student}")
+    assert train(tmp_path / "run", *settings).returncode == 0
+    onto_itself = call("export", "--run", str(tmp_path / "run"), "--out", str(student))
+    assert onto_itself.returncode == 2 and "is the student that" in onto_itself.stderr
+    assert (student / "model.safetensors").is_file()
+    own = student / "generation_config.json"
+    own.write_text(own.read_text()[:-5])
+    broken = call("export", "--run", str(tmp_path / "run"), "--out", str(out))
+    assert broken.returncode == 2 and f"{own}: not readable as JSON" in broken.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "student"}
+    own.unlink()
     assert call("export", "--run", str(tmp_path / "run"), "--out", str(out)).returncode == 0
     card = (out / "README.md").read_text()
-    assert "Held-out" not in card and "## How it was made" in card and "step 0" not in card
+    assert "Held-out" not in card and "## How it was made" in card and "step 0" not in card  # no figures
 
 
 def test_a_student_without_a_generation_config_gets_the_runs(tmp_path):
