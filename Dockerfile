@@ -18,8 +18,6 @@ RUN /opt/jaxdistill/bin/pip install --no-cache-dir --no-deps .
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/jaxdistill /opt/jaxdistill
-COPY assets /opt/examples/assets
-COPY configs /opt/examples/configs
 # Nothing here needs root; files of a run belong to whoever --user names.
 RUN useradd --create-home --uid 1000 jaxdistill
 USER 1000

@@ -1,6 +1,6 @@
 """Rollouts through the teacher and the aligner, and what the result says of the student.
 
-Letters: R student response tokens, S teacher response tokens, K proposals.
+Letters: R student response tokens, S teacher response tokens, C chunks, K proposals.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from jaxdistill.align import align, project
 from jaxdistill.align.projection import Projector
@@ -191,8 +192,19 @@ def _figures(scored: Scored) -> dict[str, Mean]:
     }
 
 
+def chunk_credit(rollout: Rollout, scores: TeacherScores, alignment: Alignment) -> Float64[np.ndarray, " C"]:
+    """L_T - L_S of each chunk, in nats: by how much likelier the teacher finds its bytes than the student,
+    each given what stands before it."""
+    total = np.zeros(alignment.num_chunks)
+    for chunks, logprobs, sign in (
+        (alignment.student_chunk, rollout.own_logprobs, -1.0),
+        (alignment.teacher_chunk, scores.logprobs, 1.0),
+    ):
+        aligned = chunks >= 0
+        np.add.at(total, chunks[aligned], sign * logprobs[aligned].astype(np.float64))
+    return total
+
+
 def response_kl(rollout: Rollout, scores: TeacherScores, alignment: Alignment) -> float:
     """log p_S - log p_T of one response over its aligned tokens, in nats."""
-    student = rollout.own_logprobs[alignment.student_chunk >= 0].sum(dtype=np.float64)
-    teacher = scores.logprobs[alignment.teacher_chunk >= 0].sum(dtype=np.float64)
-    return float(student - teacher)
+    return -float(chunk_credit(rollout, scores, alignment).sum())

@@ -20,7 +20,7 @@ from jaxdistill.parallel import processes
 from jaxdistill.records import Prompt, Rollout
 from jaxdistill.samplers import Sampler
 from jaxdistill.scorers import ScorerName, load_scorer
-from jaxdistill.scoring import Scored, Scoring, distillation_metrics, response_kl
+from jaxdistill.scoring import Scored, Scoring, chunk_credit, distillation_metrics
 
 
 class EvalConfig(StrictConfig):
@@ -116,10 +116,18 @@ def samples_of(
 
 def _teacher_view(scored: Scored, i: int) -> tuple[float | None, Mapping[str, Any]]:
     """Reverse KL per aligned byte of response i (None: nothing aligned, or not the student's own), and its
-    pieces by class."""
+    pieces by class, with what the teacher says to each chunk of the student's own."""
     rollout, s, a = scored.rollouts[i], scored.scores[i], scored.alignments[i]
     size = a.coverage * len(rollout.response.data)
-    rows = alignment_rows(rollout.response, s.response, a)
-    pieces = [["".join(row.student), row.kind] for row in rows if row.student]
-    own = size and rollout.origin == "student"
-    return response_kl(rollout, s, a) / size if own else None, {"pieces": pieces}
+    own = bool(size) and rollout.origin == "student"
+    credit = chunk_credit(rollout, s, a) if own else None
+    pieces = [
+        [
+            "".join(row.student),
+            row.kind,
+            None if credit is None or row.chunk < 0 else float(credit[row.chunk]),
+        ]
+        for row in alignment_rows(rollout.response, s.response, a)
+        if row.student
+    ]
+    return None if credit is None else -float(credit.sum()) / size, {"pieces": pieces}

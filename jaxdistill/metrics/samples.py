@@ -15,9 +15,10 @@ class Sample:
 
     `answer` is the reference, `score` the task's score in [0, 1], `reverse_kl_per_byte` in nats per
     byte of this response; each None where it is not known. `alignment` is free for whoever made the
-    alignment; where it has `pieces`, a list of `[text, class]` that cover the response with classes
-    from `exact`, `chunk`, `role` and `unaligned`, the report colours the response by them (the kinds of
-    `align.view.alignment_rows`, whose rows hold the pieces as well).
+    alignment; where it has `pieces`, a list of `[text, class, credit]` that cover the response with classes
+    from `exact`, `chunk`, `role` and `unaligned` (the kinds of `align.view.alignment_rows`, whose rows hold
+    the pieces as well), the report underlines the response by class and colours it by credit: how much
+    likelier the teacher finds these bytes than the student, in nats, None where there is none.
     """
 
     messages: Sequence[Message]

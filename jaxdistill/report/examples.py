@@ -9,15 +9,23 @@ from jaxdistill.report.run_data import RunData
 
 MOST_SAMPLES = 12  # prompts shown; the file has them all
 MOST_CHARACTERS = 2000  # of one text
+FULL_CREDIT = 3.0  # nats at which a piece has its deepest colour: twenty times likelier, or less likely
 PIECE_CLASSES = ("exact", "chunk", "role", "unaligned")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a response and how it is aligned ("" where that is not known)."""
+    """A stretch of a response, how it is aligned ("" where that is not known), and how much likelier the
+    teacher finds it than the student, in nats (None where that is not known)."""
 
     text: str
     kind: str
+    credit: float | None = None
+
+    @property
+    def depth(self) -> int:
+        """Of its colour, in percent of the deepest."""
+        return 0 if self.credit is None else round(100 * min(1.0, abs(self.credit) / FULL_CREDIT))
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,12 @@ class Table:
     def aligned(self) -> bool:
         """Whether any answer is shown in pieces."""
         return any(len(answer.pieces) > 1 for one in self.examples for answer in one.answers if answer)
+
+    @property
+    def credited(self) -> bool:
+        """Whether any piece has credit."""
+        answers = [answer for one in self.examples for answer in one.answers if answer]
+        return any(piece.credit is not None for answer in answers for piece in answer.pieces)
 
 
 def before_and_after(run: RunData) -> Table:
@@ -101,8 +115,9 @@ def _answer(sample: Mapping[str, Any]) -> Answer:
     response = str(sample.get("response", ""))
     pieces = (sample.get("alignment") or {}).get("pieces") or [[response, ""]]
     shown, room = [], MOST_CHARACTERS
-    for text, kind in pieces:
-        shown.append(Piece(_cut(str(text), room), kind if kind in PIECE_CLASSES else ""))
+    for text, kind, *rest in pieces:  # samples of earlier versions have no credit
+        credit = rest[0] if rest and isinstance(rest[0], int | float) else None
+        shown.append(Piece(_cut(str(text), room), kind if kind in PIECE_CLASSES else "", credit))
         room -= len(text)
         if room <= 0:
             break

@@ -25,7 +25,8 @@ def module(monkeypatch):
 
 def test_all_benchmarks_are_met():
     assert set(SCRIPTS) == {
-        "align", "head", "load", "memory", "overlap", "projection", "sampler", "step", "teacher_client"
+        "align", "head", "load", "memory", "overlap", "projection", "report_page", "sampler", "step",
+        "teacher_client",
     }  # fmt: skip
 
 

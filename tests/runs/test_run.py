@@ -40,7 +40,11 @@ def test_a_run_leaves_everything_the_design_names(finished):
     assert identity["tokenizer"] != manifest["student"]["tokenizer"] and identity["tokenizer_checked"]
     assert not teacher["same_vocabulary"] and len(identity["canary"]) == len(identity["canary_ids"]) - 1
     sample = json.loads((finished / "samples.jsonl").read_text().splitlines()[0])
-    kinds = {kind for _, kind in sample["alignment"]["pieces"]}
+    pieces = sample["alignment"]["pieces"]
+    kinds = {kind for _, kind, _ in pieces}
+    credit = sum(credit for *_, credit in pieces if credit is not None)
+    per_byte = -credit / len(sample["response"].encode())  # all of which is aligned
+    assert per_byte == pytest.approx(sample["reverse_kl_per_byte"], rel=1e-6)
     assert {"exact", "chunk"} <= kinds <= {"exact", "chunk", "role", "unaligned"}
 
 

@@ -81,10 +81,12 @@ def samples(step: int, *, good: bool) -> list[Sample]:
     for question, answer, right, wrong in QUESTIONS:
         line = right if good else wrong
         head, number = line.rsplit(" ", 1)
-        pieces = [[head, "exact"], [f" {number}", "chunk"], ["<|end|>", "role"]]
+        pieces: list[list[Any]] = [
+            [head, "exact", -0.2], [f" {number}", "chunk", 0.4 if good else -4.0], ["<|end|>", "role", 0.0]
+        ]  # fmt: skip
         if not good:
-            pieces.insert(1, [" ü�", "unaligned"])
-        text = "".join(piece for piece, kind in pieces if kind != "role")
+            pieces.insert(1, [" ü�", "unaligned", None])
+        text = "".join(piece for piece, kind, _ in pieces if kind != "role")
         out.append(
             Sample(
                 messages=[{"role": "user", "content": question}],
