@@ -56,8 +56,8 @@ class RunSection(StrictConfig):
     dir: Path
     seed: int = Field(default=0, ge=0, lt=2**32)
     tensorboard: bool = True
-    wandb: str | None = Field(default=None, min_length=1)
-    trackio: str | None = Field(default=None, min_length=1)
+    wandb: str | None = Field(default=None, pattern=r"^([^/]+/)?[^/]+$")
+    trackio: str | None = Field(default=None, pattern=r"^[^/]+$")
     compilation_cache: Path | None = None
     max_hours: float | None = Field(default=None, gt=0)
     barrier_timeout_s: float = Field(default=600.0, gt=0)

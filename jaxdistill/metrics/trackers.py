@@ -156,20 +156,27 @@ class Trackio:
         self._run: Any = None
 
     def resume_at(self, step: int) -> None:
-        import trackio  # pyright: ignore[reportMissingImports] (an extra)
+        import trackio  # an extra
 
         self.close()
         name = f"{self._folder.resolve().name}-{_identity(self._folder, 'trackio', fresh=step == 0)}"
-        with _said_on_stderr():
-            self._run = trackio.init(
-                self._project,
-                name=name,
-                config=dict(self._config),
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
+        try:
+            with _said_on_stderr():
+                self._run = trackio.init(
+                    self._project,
+                    name=name,
+                    config=dict(self._config),
+                    resume="allow",
+                    embed=False,
+                    auto_log_gpu=False,
+                    auto_log_cpu=False,
+                )
+        except Exception as error:  # it has none of its own: whatever its clients raise comes through
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(
+                f"run.trackio={self._project}: trackio could not begin the run ({said:.300}); check "
+                "TRACKIO_SPACE_ID and the like, or leave run.trackio out"
+            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -179,7 +186,7 @@ class Trackio:
 
     def close(self) -> None:
         if self._run is not None:
-            import trackio  # pyright: ignore[reportMissingImports] (an extra)
+            import trackio  # an extra
 
             with _said_on_stderr():
                 trackio.finish()  # the run's own method would be called once more when Python ends

@@ -138,7 +138,7 @@ from pathlib import Path
 from jaxdistill.errors import ConfigError
 from jaxdistill.metrics import make_trackers
 
-(tracker,) = make_trackers(Path(sys.argv[1]), {}, tensorboard=False, projects={"wandb": "mine"})
+(tracker,) = make_trackers(Path(sys.argv[1]), {}, tensorboard=False, projects={sys.argv[2]: "mine"})
 try:
     tracker.resume_at(0)
 except ConfigError as error:
@@ -146,19 +146,33 @@ except ConfigError as error:
 """
 
 
-def test_what_wandb_refuses_is_one_message(tmp_path: Path) -> None:
-    """Without a key, and nobody there to be asked for one; in a process of its own, since wandb reads its
-    environment once."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+@pytest.mark.parametrize(
+    ("service", "variables", "said", "remedy"),
+    [
+        ("wandb", {}, "wandb could not begin the run (No API key", "set WANDB_MODE=offline, or leave"),
+        (
+            "trackio",
+            {"TRACKIO_SPACE_ID": "me/mine", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"},
+            "trackio could not begin the run (",
+            "check TRACKIO_SPACE_ID and the like, or leave",
+        ),
+    ],
+)
+def test_what_a_service_refuses_is_one_message(
+    tmp_path: Path, service: str, variables: dict[str, str], said: str, remedy: str
+) -> None:
+    """Without a key, and nobody there to be asked for one; without the hub. In a process of its own, since
+    both read their environment once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRACKIO_"))}
     done = subprocess.run(
-        [sys.executable, "-c", REFUSED, str(tmp_path)],
+        [sys.executable, "-c", REFUSED, str(tmp_path), service],
         cwd=Path(__file__).parents[2],
-        env=variables | {"HOME": str(tmp_path), "PYTHONPATH": "."},
+        env=kept | {"HOME": str(tmp_path), "PYTHONPATH": "."} | variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    assert done.stdout.startswith("run.wandb=mine: wandb could not begin the run (No API key"), done.stdout
-    assert "set WANDB_MODE=offline, or leave run.wandb out" in done.stdout
+    assert done.stdout.startswith(f"run.{service}=mine: {said}"), done.stdout
+    assert f"{remedy} run.{service} out" in done.stdout and "hf_none" not in done.stdout
