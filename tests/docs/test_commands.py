@@ -72,7 +72,9 @@ class Workspace:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         # Compiled as users have it: what conftest.py sets makes programs slow, and their numbers others.
-        kept = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+        # And started by nobody's `make`, which hands its own arguments on.
+        left = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS")
+        kept = {k: v for k, v in os.environ.items() if k not in left}
         self.environment = {
             **kept,
             "PATH": f"{programs}:{os.environ['PATH']}",

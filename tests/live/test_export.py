@@ -11,6 +11,7 @@ times: the run's held-out file has every row 16 times, and the difference of the
 deviation of less than half a point. Of the quickstart only how much and how often it evaluates is changed.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -22,11 +23,15 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from jaxdistill.data import read_prompts
 from jaxdistill.scorers import load_scorer
+from jaxdistill.students import load_decoder
 from scripts import sglang_cpu
 
 from .conftest import ROOT
@@ -70,9 +75,9 @@ def model(run: Path) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def served(model: Path) -> Iterator[str]:
-    """The address of a genuine server of the export."""
+@contextlib.contextmanager
+def serving(model: Path, *flags: str) -> Iterator[str]:
+    """The address of a genuine server of `model`, while the context lasts."""
     environment = sglang_cpu.environment()
     sglang_cpu.install(environment)
     port = sglang_cpu.free_port()
@@ -80,7 +85,12 @@ def served(model: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile(mode="w+b") as log:
         server = subprocess.Popen(
-            command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            [*command, *flags],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             sglang_cpu.wait_healthy(server, f"{url}/health_generate", log, time.monotonic() + 300)
@@ -93,6 +103,13 @@ def generate(url: str, **body: Any) -> Any:
     request = Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=600) as reply:
         return json.loads(reply.read())
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[str]:
+    """The address of a server of the export."""
+    with serving(model) as url:
+        yield url
 
 
 def test_the_served_student_is_as_right_as_the_run_says(run: Path, model: Path, served: str) -> None:
@@ -121,3 +138,34 @@ def test_the_served_student_is_as_right_as_the_run_says(run: Path, model: Path, 
     found = right / (EACH * len(chats))
     print(f"accuracy: {reported:.4f} in the run, {found:.4f} served")
     assert abs(found - reported) <= POINTS
+
+
+def test_adapters_served_beside_their_base_are_the_merged_model(tmp_path: Path) -> None:
+    """Its log-probabilities of a text, and of nobody who does not name the adapters."""
+    small = ("run.steps=4", "data.prompts_per_step=8", "eval.path=null", "run.tensorboard=false")
+    lora = ("student.lora.rank=8", "optimizer.learning_rate=5e-3", f"run.dir={tmp_path}/run")
+    call("train", "--config", "configs/quickstart.yaml", *small, *lora)
+    for out, flags in ((tmp_path / "merged", ()), (tmp_path / "adapters", ("--adapters",))):
+        call("export", "--run", f"{tmp_path}/run", "--out", str(out), *flags)
+    base = ROOT / "assets/toy/student"
+    tokens = np.random.default_rng(0).integers(5, 400, 64)
+    expected = {
+        name: logprobs(folder, tokens) for name, folder in (("", base), ("mine", tmp_path / "merged"))
+    }
+    assert np.abs(expected["mine"] - expected[""]).max() > 0.1
+    flags = ("--lora-paths", f"mine={tmp_path}/adapters", "--lora-backend", "torch_native")
+    with serving(base, *flags) as url:
+        for name, wanted in expected.items():
+            asked = {"input_ids": tokens.tolist(), "return_logprob": True, "logprob_start_len": 0}
+            named = {"lora_path": name} if name else {}
+            reply = generate(url, **asked, **named, sampling_params={"max_new_tokens": 1, "temperature": 0})
+            found = [entry[0] for entry in reply["meta_info"]["input_token_logprobs"][1:]]
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3)
+
+
+def logprobs(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """What the model in `folder` gives each of the tokens but the first, by our own forward pass."""
+    decoder = load_decoder(folder)
+    rows = jnp.asarray(tokens[None], jnp.int32)
+    found = jax.nn.log_softmax(decoder.logits(decoder(rows))[0, :-1])
+    return np.asarray(found[np.arange(len(tokens) - 1), tokens[1:]])
