@@ -160,27 +160,6 @@ def test_a_signal_to_one_stops_all_at_one_step_and_they_go_on_from_there(served,
     assert sorted(saved(folder)) == [step, step + 1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_who_dies_or_stalls_is_named_by_the_other_within_the_timeout(served, tmp_path, number):
-    folder = tmp_path / "run"
-    # Longer than a slow machine compiles, which is waited for too.
-    run = start(2, 1, folder, *served, *LONG, "run.barrier_timeout_s=45")
-    other, hurt = processes_of(run, folder, 2)
-    os.kill(hurt, number)
-    # The timeout counts from where it waits, and a roll call of 10 s may follow. Before it come what is left
-    # of its own step and its compiling, which a loaded machine takes its time for.
-    deadline = time.monotonic() + 45 + 10 + 30
-    while Path(f"/proc/{other}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(hurt, signal.SIGKILL)  # nothing else ends one that is frozen
-    code, said = finish(run)
-    assert code in (75, 128 + signal.SIGKILL) and "process 0 ended with code 75" in said, said
-    assert "process 0 ends" in said
-    assert re.search(r"process 1 (did not come to|was missing in)", " ".join(said.split())), said
-
-
 def test_a_teacher_that_fails_one_process_ends_all_with_a_checkpoint(served, tmp_path):
     python = tmp_path / "python"
     python.write_text(
