@@ -124,15 +124,17 @@ def run(
             stack.enter_context(processes.joined(where, config.run.barrier_timeout_s))
             stop.agreed = processes.count() > 1
             assembled = stack.enter_context(assemble(config, stop, allowed))
-        with processes.abandoning():
-            try:
-                train(assembled)
-            finally:
-                assembled.metrics.close()
-                if processes.leads() and (config.run.dir / "metrics.jsonl").is_file():
-                    page = write_report(config.run.dir)
-                    if not logs.quiet():
-                        print(f"report: {page}")
+        try:
+            with processes.abandoning():  # at once: where a process is missing, nobody waits for a report
+                try:
+                    train(assembled)
+                finally:
+                    assembled.metrics.close()
+        finally:
+            if processes.leads() and (config.run.dir / "metrics.jsonl").is_file():
+                page = write_report(config.run.dir)
+                if not logs.quiet():
+                    print(f"report: {page}")
 
 
 if __name__ == "__main__":
