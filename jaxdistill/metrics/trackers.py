@@ -101,15 +101,25 @@ class TensorBoard:
         return self._writer
 
 
-class WandB:
-    """A run of Weights & Biases, its files under `wandb/`. WANDB_MODE=offline keeps it on this machine.
-
-    W&B takes no step that lies before its last one, so that the steps a resumed run repeats stay as they
-    were first logged."""
+class _Service:
+    """What the services have alike: a run of theirs in a `project`, which sends by itself."""
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
         self._folder, self._project, self._config = folder, project, config
         self._run: Any = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        """It sends by itself."""
+
+
+class WandB(_Service):
+    """A run of Weights & Biases, its files under `wandb/`. WANDB_MODE=offline keeps it on this machine.
+
+    W&B takes no step that lies before its last one, so that the steps a resumed run repeats stay as they
+    were first logged."""
 
     def resume_at(self, step: int) -> None:
         import wandb  # an extra
@@ -135,25 +145,15 @@ class WandB:
                 "log in with `wandb login`, set WANDB_MODE=offline, or leave run.wandb out"
             ) from error
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        """It sends by itself."""
-
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
             self._run = None
 
 
-class Trackio:
+class Trackio(_Service):
     """A run of trackio, in its own database (TRACKIO_DIR) or where its environment variables say. The steps
     a resumed run repeats stand there twice."""
-
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
-        self._folder, self._project, self._config = folder, project, config
-        self._run: Any = None
 
     def resume_at(self, step: int) -> None:
         import trackio  # an extra
@@ -177,12 +177,6 @@ class Trackio:
                 f"run.trackio={self._project}: trackio could not begin the run ({said:.300}); check "
                 "TRACKIO_SPACE_ID and the like, or leave run.trackio out"
             ) from error
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        """It sends by itself."""
 
     def close(self) -> None:
         if self._run is not None:
