@@ -168,6 +168,14 @@ def server_command(folder: Path, model: Path, host: str, port: int) -> tuple[lis
 
 def run(folder: Path, model: Path, command: Sequence[str], *, start_timeout_s: float) -> int:
     """Run `command` beside a server of `model`; its exit code."""
+    with serving(folder, model, start_timeout_s=start_timeout_s) as url:
+        code = subprocess.run(command, env={**os.environ, URL_VARIABLE: url}, check=False).returncode
+        return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def serving(folder: Path, model: Path, *flags: str, start_timeout_s: float) -> Iterator[str]:
+    """The address of a server of `model`, started with `flags` more, while the context lasts."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     server_line, variables = server_command(folder, model, "127.0.0.1", port)
@@ -175,7 +183,7 @@ def run(folder: Path, model: Path, command: Sequence[str], *, start_timeout_s: f
         began = time.monotonic()
         # In a session of its own, so that what the server spawned can be ended with it.
         server = subprocess.Popen(
-            server_line,
+            [*server_line, *flags],
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -185,10 +193,9 @@ def run(folder: Path, model: Path, command: Sequence[str], *, start_timeout_s: f
         try:
             wait_healthy(server, f"{url}/health_generate", log, began + start_timeout_s)
             say(f"SGLang {VERSION} serves {model} at {url} after {time.monotonic() - began:.0f} s")
-            code = subprocess.run(command, env={**os.environ, URL_VARIABLE: url}, check=False).returncode
+            yield url
             if server.poll() is not None:
                 say(f"the server died meanwhile with {server.returncode}; end of its log:\n{tail(log)}")
-            return code if code >= 0 else 128 - code
         finally:
             stop(server)
 

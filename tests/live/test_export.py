@@ -11,13 +11,10 @@ times: the run's held-out file has every row 16 times, and the difference of the
 deviation of less than half a point. Of the quickstart only how much and how often it evaluates is changed.
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,28 +72,12 @@ def model(run: Path) -> Path:
     return out
 
 
-@contextlib.contextmanager
-def serving(model: Path, *flags: str) -> Iterator[str]:
-    """The address of a genuine server of `model`, while the context lasts."""
-    environment = sglang_cpu.environment()
-    sglang_cpu.install(environment)
-    port = sglang_cpu.free_port()
-    command, variables = sglang_cpu.server_command(environment, model, "127.0.0.1", port)
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile(mode="w+b") as log:
-        server = subprocess.Popen(
-            [*command, *flags],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            sglang_cpu.wait_healthy(server, f"{url}/health_generate", log, time.monotonic() + 300)
-            yield url
-        finally:
-            sglang_cpu.stop(server)
+@pytest.fixture(scope="module")
+def environment() -> Path:
+    """Where SGLang is installed, which it is now."""
+    folder = sglang_cpu.environment()
+    sglang_cpu.install(folder)
+    return folder
 
 
 def generate(url: str, **body: Any) -> Any:
@@ -106,9 +87,9 @@ def generate(url: str, **body: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def served(model: Path) -> Iterator[str]:
+def served(model: Path, environment: Path) -> Iterator[str]:
     """The address of a server of the export."""
-    with serving(model) as url:
+    with sglang_cpu.serving(environment, model, start_timeout_s=300) as url:
         yield url
 
 
@@ -140,7 +121,7 @@ def test_the_served_student_is_as_right_as_the_run_says(run: Path, model: Path, 
     assert abs(found - reported) <= POINTS
 
 
-def test_adapters_served_beside_their_base_are_the_merged_model(tmp_path: Path) -> None:
+def test_adapters_served_beside_their_base_are_the_merged_model(tmp_path: Path, environment: Path) -> None:
     """Its log-probabilities of a text, and of nobody who does not name the adapters."""
     small = ("run.steps=4", "data.prompts_per_step=8", "eval.path=null", "run.tensorboard=false")
     lora = ("student.lora.rank=8", "optimizer.learning_rate=5e-3", f"run.dir={tmp_path}/run")
@@ -154,7 +135,7 @@ def test_adapters_served_beside_their_base_are_the_merged_model(tmp_path: Path) 
     }
     assert np.abs(expected["mine"] - expected[""]).max() > 0.1
     flags = ("--lora-paths", f"mine={tmp_path}/adapters", "--lora-backend", "torch_native")
-    with serving(base, *flags) as url:
+    with sglang_cpu.serving(environment, base, *flags, start_timeout_s=300) as url:
         for name, wanted in expected.items():
             asked = {"input_ids": tokens.tolist(), "return_logprob": True, "logprob_start_len": 0}
             named = {"lora_path": name} if name else {}
