@@ -21,6 +21,8 @@ from .client import QUICK, bodies, quick, raw_server, score, to, values
 from .server import Fault, FaultServer, always, cut, drip, every, never, reset, script, share, slow, status
 from .stalls import Stalls
 
+pytestmark = pytest.mark.faults  # its figures are times: nothing else may run beside it
+
 OVERHEAD = 1.1  # of the budget; 10 % over it at most
 
 
@@ -157,7 +159,8 @@ def test_nobody_there_is_unavailable_to_single_requests_too(stalls: Stalls) -> N
 
 @pytest.mark.parametrize("fault", [status(503), reset, never])
 def test_a_bad_replica_is_left_out_while_the_other_works(fault: Fault) -> None:
-    policy = quick(request_timeout_s=0.3, breaker_failures=3, breaker_probe_s=30.0)
+    # The deadline is far from what the good one needs, also where the machine stands still for a moment.
+    policy = quick(request_timeout_s=3.0, breaker_failures=3, breaker_probe_s=30.0)
     with (
         FaultServer() as good,
         FaultServer(always(fault)) as bad,
@@ -226,7 +229,6 @@ def test_a_replica_that_is_back_is_used_again() -> None:
 # The slow tail
 
 
-@pytest.mark.faults  # its figures are of latencies: nothing else may run beside it
 def test_one_in_a_hundred_20_times_slower_is_not_felt(stalls: Stalls) -> None:
     """Other work on the machine only makes the tail longer: of three measurements one must show it short."""
     measured = []
@@ -293,7 +295,7 @@ def test_the_slower_of_two_is_given_up() -> None:
         score(transport, bodies(60))
         server.schedule = script(*[None] * 60, never)
         score(transport, bodies(1))
-        until = time.monotonic() + 2.0
+        until = time.monotonic() + 10.0
         while server.at_once and time.monotonic() < until:
             time.sleep(0.01)
         assert server.at_once == 0, "its connection was closed, so the server could stop working on it"

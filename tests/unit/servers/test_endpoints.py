@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxdistill.servers import TEACHER
 from jaxdistill.servers.endpoints import Endpoints, Lease
 from jaxdistill.servers.hedging import ENOUGH, MOST_SAVED, Hedges
+from tests.faults.stalls import Stalls
 
 A, B, C = "http://a", "http://b", "http://c"
 
@@ -193,8 +194,10 @@ async def _waiting(recover_after: float) -> tuple[float, int]:
 
 
 def test_who_waits_goes_on_at_once_after_the_probe() -> None:
-    seconds, tries = asyncio.run(_waiting(recover_after=0.5))
-    assert 0.5 < seconds < 0.5 + 0.2 + 0.15
+    with Stalls() as stalls:
+        began = time.monotonic()
+        seconds, tries = asyncio.run(_waiting(recover_after=0.5))
+        assert 0.5 < seconds < 0.5 + 0.2 + 0.15 + stalls.since(began)
     assert tries <= 8 + 4, "one probe every 0.2 s, not eight"
 
 

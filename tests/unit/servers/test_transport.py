@@ -24,6 +24,7 @@ from tests.faults.client import KEY, bodies, score, values
 from tests.faults.server import FaultServer, always, never, script, sends, slow, status
 
 QUICK = client.quick(max_concurrency=4, attempts=3, backoff_max_s=0.5, hedge_share=0.0)
+SOON_S = 10.0  # half of the budget that a client would wait which waits for too long; machines do stand still
 
 
 def to(*servers: FaultServer, policy: Policy = QUICK, **more: Any) -> AbstractContextManager[Transport]:
@@ -129,7 +130,7 @@ def test_retry_after_is_waited_for_beyond_the_longest_pause_of_our_own() -> None
     with FaultServer(script(*busy)) as server, to(server, policy=policy) as transport:
         began = time.monotonic()
         score(transport, bodies(1))
-        assert 0.3 + 0.4 <= time.monotonic() - began < 2.0
+        assert 0.3 + 0.4 <= time.monotonic() - began < SOON_S
         assert transport.take_counts()["retries"] == 2
 
 
@@ -138,7 +139,7 @@ def test_retry_after_a_date_is_waited_for() -> None:
     with FaultServer(script(status(429, b"", Retry_After=soon))) as server, to(server) as transport:
         began = time.monotonic()
         score(transport, bodies(1))
-        assert 0.7 < time.monotonic() - began < 4.0  # dates have whole seconds
+        assert 0.7 < time.monotonic() - began < SOON_S  # dates have whole seconds
 
 
 def test_retry_after_ends_with_the_budget() -> None:
@@ -150,7 +151,7 @@ def test_retry_after_ends_with_the_budget() -> None:
         began = time.monotonic()
         with pytest.raises(TeacherUnavailable, match=r"within the 0\.5 s"):
             score(transport, bodies(1))
-        assert 0.5 <= time.monotonic() - began < 1.5
+        assert 0.5 <= time.monotonic() - began < SOON_S
         assert len(server.bodies) == 1, "it was not asked again before its time"
 
 
@@ -159,7 +160,7 @@ def test_who_need_not_wait_for_one_replica_asks_the_other() -> None:
     with FaultServer(busy) as one, FaultServer() as two, to(one, two) as both:
         began = time.monotonic()
         assert {reply.endpoint for reply in score(both, bodies(20))} == {two.url}
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < SOON_S
         assert 1 <= len(one.bodies) <= QUICK.max_concurrency
 
 
@@ -196,11 +197,12 @@ def test_the_end_of_the_process_behind_it_ends_the_tries() -> None:
 def test_the_first_refusal_ends_the_batch() -> None:
     refusal = status(400, {"error": "no"})
     schedule = lambda number: refusal if number == 2 else never  # noqa: E731
-    with FaultServer(schedule) as server, to(server) as transport:
+    patient = client.quick(max_concurrency=4, request_timeout_s=2 * SOON_S)
+    with FaultServer(schedule) as server, to(server, policy=patient) as transport:
         began = time.monotonic()
         with pytest.raises(TeacherContractError, match="status 400: no"):
             score(transport, bodies(20))
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < SOON_S
         assert len(server.bodies) <= QUICK.max_concurrency + 1  # the refused one's slot was free for a moment
 
 
@@ -240,7 +242,7 @@ def test_an_early_refusal_of_a_large_request_is_heard(serving: Any) -> None:
             began = time.monotonic()
             with pytest.raises(TeacherContractError, match="413: too large"):
                 transport.post("/generate", {"text": "x" * 20_000_000})
-            assert time.monotonic() - began < 2.0
+            assert time.monotonic() - began < SOON_S
         finally:
             transport.close()
 

@@ -116,7 +116,7 @@ def test_requests_run_in_the_order_they_came(engine: PacedEngine, send: Callable
         answers.append(send(i))
         if i == 0:
             assert engine.started.acquire(timeout=10)
-        time.sleep(0.05)
+        time.sleep(0.3)  # long enough for each to arrive before the next is sent, on any machine
     engine.gate.set()
     assert [answer.result()[0] for answer in answers] == [200] * (1 + WAITING)
     assert engine.seen == list(range(1 + WAITING))
