@@ -15,7 +15,7 @@ from jaxdistill.data import PromptStream, read_prompts
 from jaxdistill.errors import ConfigError, DataError, TooLongError
 from jaxdistill.losses import Objective, Vocabularies, build_objective
 from jaxdistill.metrics import check_installed
-from jaxdistill.model_folders import model_folder
+from jaxdistill.model_folders import hub_name, model_folder
 from jaxdistill.parallel import make_mesh, processes
 from jaxdistill.parallel.rules import AnyMesh, idle_axes
 from jaxdistill.records import Prompt, Rollout
@@ -136,20 +136,27 @@ def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
 
 def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
     """Load the student and its tokenizer; with `shapes_only` a decoder of shapes, for which of the weights'
-    files only the headers are read and nothing is put on a device. Raises `ConfigError` where they do not fit
-    each other, or the rows of the run."""
+    files only the headers are read and nothing is put on a device (of a model of the hub no weights are
+    fetched for it). Raises `ConfigError` where they do not fit each other, or the rows of the run."""
     if config.run.compilation_cache is not None:
         # Before anything is compiled: jax asks for the folder once.
         jax.config.update("jax_compilation_cache_dir", str(config.run.compilation_cache.expanduser()))
     mesh = make_mesh(config.mesh)
     dtype = compute_dtype(config.student)
     lengths = sorted({config.rollout.max_prompt_tokens, *config.buckets})
-    folder = model_folder(config.student.path)
+    folder = model_folder(config.student.path, weights=not shapes_only)
     shape = read_config(folder)
     attention = choose_attention(config.student.attention, shape, lengths, dtype, mesh)
     if shapes_only:
         decoder = student_shapes(config.student, shape, mesh, attention)
-        check_folder(folder, decoder, mesh)
+        if hub_name(config.student.path) is None:
+            check_folder(folder, decoder, mesh)
+        elif processes.leads():
+            logger.warning(
+                "%s: its weights were not fetched from the hub for this; a run fetches them, and finds out "
+                "then whether they fit its config",
+                config.student.path,
+            )
     else:
         decoder = load_decoder(
             folder,

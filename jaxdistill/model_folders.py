@@ -72,7 +72,10 @@ def _is_here(name: str) -> bool:
 @cache  # a process asks once: a branch that moves meanwhile would give it two models
 def _fetched(name: str, repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     # Imported here: it is needed for hub ids alone, and slow to load.
-    from huggingface_hub import HfApi, constants, get_token, snapshot_download
+    try:
+        from huggingface_hub import HfApi, constants, get_token, snapshot_download
+    except ValueError as error:  # it reads its timeouts when it is loaded
+        raise ConfigError(f"{name}: one of the variables HF_HUB_*_TIMEOUT is no number ({error})") from error
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -86,7 +89,9 @@ def _fetched(name: str, repository: str, revision: str | None, patterns: tuple[s
     if logs.quiet() or logs.as_json():
         disable_progress_bars()
     place = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
-    token = "the token of HF_TOKEN was sent" if get_token() else "no token was sent: HF_TOKEN is not set"
+    if not (own := get_token() or "").isascii():
+        raise ConfigError(f"{name}: the token of HF_TOKEN has letters that no request can carry; check it")
+    token = "the token of HF_TOKEN was sent" if own else "no token was sent: HF_TOKEN is not set"
     # Of the HTTP library that the client has, httpx or httpx2.
     http_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     silent: Exception | None = None

@@ -126,13 +126,19 @@ sys.exit(exit_code_of(body))
 def started(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts a process that asks `hub` for a model, with a cache of its own for this test."""
 
-    def start(name: str, what: str = "weights", **variables: str) -> subprocess.Popen[str]:
+    def start(
+        name: str,
+        what: str = "weights",
+        command: list[str] | None = None,
+        cwd: Path = tmp_path,
+        **variables: str,
+    ) -> subprocess.Popen[str]:
         ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         ours |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "PYTHONPATH": str(ROOT)}
         kept = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
         return subprocess.Popen(
-            [sys.executable, "-c", ASK, name, what],
-            cwd=tmp_path,
+            command or [sys.executable, "-c", ASK, name, what],
+            cwd=cwd,
             env=kept | ours | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -183,6 +189,19 @@ def test_a_tokenizer_comes_without_weights(hub: Hub, fetch: Fetch) -> None:
 
 
 @pytest.mark.slow
+def test_a_plan_of_a_model_of_the_hub_fetches_no_weights(
+    hub: Hub, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    code = "from jaxdistill.train import main; import sys; sys.exit(main(sys.argv[1:]))"
+    options = ["--config", "configs/quickstart.yaml", "student.path=toys/student", "--dry-run"]
+    process = started("", command=[sys.executable, "-c", code, *options], cwd=ROOT, COLUMNS="300")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "student: " in out and "its weights were not fetched from the hub" in err
+    assert (hub.got("config.json"), hub.got("model.safetensors")) == (1, 0)
+
+
+@pytest.mark.slow
 def test_the_processes_of_a_host_fetch_once(hub: Hub, started: Callable[..., subprocess.Popen[str]]) -> None:
     both = [started("toys/student") for _ in range(2)]
     said = [process.communicate(timeout=120) for process in both]
@@ -228,6 +247,22 @@ def test_a_hub_that_does_not_give_it_is_one_clear_error(
     assert f"jaxdistill: {name}: no such folder here, and not fetched from the hub at {hub.url[7:]}: " in last
     for words in said:
         assert words in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"HF_TOKEN": "clé"}, "the token of HF_TOKEN has letters that no request can carry"),
+        ({"HF_HUB_ETAG_TIMEOUT": "soon"}, "one of the variables HF_HUB_*_TIMEOUT is no number"),
+    ],
+)
+def test_a_variable_the_client_cannot_use_is_named(
+    hub: Hub, fetch: Fetch, variables: dict[str, str], said: str
+) -> None:
+    done = fetch("toys/student", **variables)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+    assert "clé" not in done.stderr and not hub.asked
 
 
 def test_a_folder_is_itself_and_asks_nobody() -> None:
