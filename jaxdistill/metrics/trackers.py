@@ -147,7 +147,8 @@ class WandB(_Service):
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            # Closed on the way out of an error or a stop, the run is shown as one that failed.
+            self._run.finish(exit_code=int(sys.exception() is not None))
             self._run = None
 
 

@@ -1,5 +1,6 @@
 """A run goes on as the same run in whatever shows it, by the genuine libraries, without a network."""
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -117,6 +118,21 @@ def test_a_run_that_begins_anew_is_another_one(tmp_path: Path, offline: None) ->
             log.resume_at(0)
         names.append((tmp_path / "wandb_run").read_text())
     assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_fails_is_shown_as_one_that_failed(tmp_path: Path, offline: None, fails: bool) -> None:
+    log = log_of(tmp_path, wandb="mine")
+    with contextlib.suppress(RuntimeError):
+        try:  # as `train.run` does
+            log.resume_at(0)
+            if fails:
+                raise RuntimeError
+        finally:
+            log.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (end,) = [one.exit for one in records(path) if one.WhichOneof("record_type") == "exit"]
+    assert end.exit_code == fails
 
 
 def test_a_process_without_a_folder_shows_nothing(tmp_path: Path, offline: None) -> None:
