@@ -34,9 +34,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 install_import_hook("jaxdistill", "beartype.beartype")
 
-# How long an example takes says nothing on a machine that does other work beside it.
-hypothesis.settings.register_profile("without deadlines", deadline=None)
-hypothesis.settings.load_profile("without deadlines")
+# How long an example takes says nothing on a machine that does other work beside it. In CI the examples are
+# the same each time, so that a change is judged by what it changed; everywhere else they are new ones.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("in CI", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("in CI" if os.environ.get("CI") else "here")
 
 CACHE = Path(os.environ.get("JAXDISTILL_CACHE", "~/.cache/jaxdistill")).expanduser()
 
