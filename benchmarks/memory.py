@@ -21,7 +21,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 # How many devices there are is settled as jax starts.
 import jax  # noqa: E402
 from measure import Report, figure, options  # noqa: E402
-from shapes import FLOAT, head_bytes, parameter_count, temporary_bytes  # noqa: E402
+from shapes import FLOAT, PUBLISHED, head_bytes, parameter_count, temporary_bytes  # noqa: E402
 
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig  # noqa: E402
 from jaxdistill.memory import head_memory, step_memory, target_shapes  # noqa: E402
@@ -31,18 +31,6 @@ from jaxdistill.parallel import MeshConfig, make_mesh  # noqa: E402
 from jaxdistill.students import abstract_decoder, parse_config  # noqa: E402
 
 LIMIT = 1.3
-# The published config.json of each, as far as it tells shapes.
-QWEN3_8B = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
-    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": False,
-}  # fmt: skip
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
-    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": False,
-    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-}  # fmt: skip
 SMALL = {"num_hidden_layers": 3, "vocab_size": 4096}  # of --smoke
 OBJECTIVE = ReverseKL(ReverseKLConfig(credit="lookahead"))
 
@@ -96,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = {
         "head 151936": lambda: head_row(151_936, 4096, length),
         "head 262144": lambda: head_row(262_144, 4096, length),
-        "Qwen3-8B": lambda: step_row("Qwen3-8B", QWEN3_8B | small, {"fsdp": DEVICES}, length),
+        "Qwen3-8B": lambda: step_row("Qwen3-8B", PUBLISHED["Qwen3-8B"] | small, {"fsdp": DEVICES}, length),
         "Qwen3-30B-A3B": lambda: step_row(
-            "Qwen3-30B-A3B", QWEN3_30B_A3B | small, {"fsdp": 1, "expert": DEVICES}, length
+            "Qwen3-30B-A3B", PUBLISHED["Qwen3-30B-A3B"] | small, {"fsdp": 1, "expert": DEVICES}, length
         ),
     }
     report = Report("memory", arguments)

@@ -7,24 +7,21 @@ at once: it makes room for gradients and gathers the head's matrix before the fi
 Letters: H heads, T positions.
 """
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 from jaxdistill.losses import head
 from jaxdistill.students import DecoderConfig
 from jaxdistill.students.layer import layer_shapes
 
 FLOAT = 4
-# The published config.json of each model, as far as it tells shapes.
-SMOLLM2_135M = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
-QWEN3_1_7B = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
-    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": True,
-}  # fmt: skip
+# The published config.json of each model, as far as it tells shapes, by its name.
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "assets/published_configs.json").read_text()
+)
+SMOLLM2_135M, QWEN3_1_7B = PUBLISHED["smollm2-135m-instruct"], PUBLISHED["Qwen3-1.7B"]
 # Of --smoke, on top of either.
 TINY = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
 

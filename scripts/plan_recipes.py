@@ -39,37 +39,8 @@ HEAD = (
     "| recipe | hardware | student | teacher | objective | a step, GiB | sampling, GiB | may be used, GiB |"
 )
 
-_QWEN3 = {
-    "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "max_position_embeddings": 40960, "num_key_value_heads": 8,
-}  # fmt: skip
 # The published config.json of each student, as far as it tells shapes, by the name of its folder.
-CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "Qwen3-1.7B": _QWEN3 | {
-        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "Qwen3-8B": _QWEN3 | {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "Qwen3-30B-A3B": _QWEN3 | {
-        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False,
-        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-    },
-    "Llama-3.2-1B-Instruct": {
-        "model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
-        "max_position_embeddings": 131072, "num_key_value_heads": 8, "hidden_size": 2048,
-        "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "smollm2-135m-instruct": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+CONFIGS: Mapping[str, Mapping[str, Any]] = json.loads((ROOT / "assets/published_configs.json").read_text())
 
 # How a model's folder begins, and the genuine tokenizer that stands for its own.
 FAMILIES: Mapping[str, str] = {

@@ -57,8 +57,7 @@ def make_trackers(
 ) -> list[Tracker]:
     """What the run in `folder` is shown by: `projects` are those of `SERVICES` by name, None where it is not
     wanted. `config` is the run's, as plain values. Without a folder nothing shows it: that is for a process
-    whose values another one writes. Raises `ConfigError` as `check_installed` does."""
-    check_installed(projects)
+    whose values another one writes. Services must have passed `check_installed`."""
     if folder is None:
         return []
     classes: Mapping[str, type[WandB | Trackio]] = {"wandb": WandB, "trackio": Trackio}
