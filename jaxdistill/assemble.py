@@ -269,8 +269,19 @@ def plan(config: RunConfig, device_memory: float | None = None) -> str:
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
             *memory_plan(config, inputs, device_memory),
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
+            *refusal(config),
         ]
     )
+
+
+def refusal(config: RunConfig) -> list[str]:
+    """A line on why a run of this config would be refused by the folder it is to go into; nothing where it
+    would not be."""
+    try:
+        check_run_folder(config.run.dir, dump(config), config.run.steps)
+    except ConfigError as error:
+        return [f"BUT a run would be refused: {error}"]
+    return []
 
 
 def student_plan(student: Student) -> str:

@@ -85,6 +85,10 @@ def evaluate(
     file = config_file if run is None else config_of(run)
     assert file is not None  # one of the two is given
     config = load(file, overrides, RunConfig)
+    if run is not None and config.student.lora != load(file, (), RunConfig).student.lora:
+        raise ConfigError(
+            f"student.lora is part of the checkpoints of {run} and cannot be another here; leave it out"
+        )
     student = read_student(config)
     heldout, references, _ = read_heldout(config, student.tokenizer)
     if not heldout:

@@ -1,5 +1,6 @@
 """What a run reads: data, student, tokenizers. Loaded and checked before anything is written or asked."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
     rows, left_out = fitting(
         config.data.path, everything, checks, config.rollout, least=config.data.prompts_per_step
     )
+    warn_of_overlap(everything, heldout.prompts)
     prompts = PromptStream(rows, config.data, seed=config.run.seed)
     if config.reward is not None:
         scorer = load_scorer(config.reward.scorer)
@@ -132,6 +134,18 @@ def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
         vocabularies=vocabularies,
         objective=build_objective(config.objective, vocabularies),
     )
+
+
+def warn_of_overlap(trained: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    """Say how many of the held-out prompts are trained on as well."""
+    known = {json.dumps(row.messages, sort_keys=True) for row in trained}
+    shared = sum(json.dumps(row.messages, sort_keys=True) in known for row in heldout)
+    if shared and processes.leads():
+        logger.warning(
+            "%d of the %d held-out prompts are in data.path too: figures on them say nothing about others",
+            shared,
+            len(heldout),
+        )
 
 
 def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
@@ -299,8 +313,14 @@ def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> Heldout:
             least=1,
         )
     scorer = load_scorer(config.eval.scorer)
-    for row in prompts:
-        scorer.judges(row)
+    judged = sum([scorer.judges(row) for row in prompts])
+    if judged < len(prompts) and "scorer" in config.eval.model_fields_set and processes.leads():
+        logger.warning(
+            "eval.scorer=%s judges %d of the %d held-out prompts; the others lack what it compares with",
+            config.eval.scorer,
+            judged,
+            len(prompts),
+        )
     if not config.eval.references:
         return Heldout(prompts, [], left_out)
     answered = [row for row in prompts if row.response is not None]

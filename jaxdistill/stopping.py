@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_AGAIN_S = 0.05
 
 
 class Stopped(BaseException):
@@ -23,7 +24,8 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether the run shall end: by SIGTERM or SIGINT while `listening`, or by the clock (`after`).
+    """Whether the run shall end: by SIGTERM, SIGINT or SIGHUP (a terminal that closes; not where that is
+    ignored, as behind `nohup`) while `listening`, or by the clock (`after`).
 
     With `agreed`, several processes end together (`parallel.processes.together`), and `at_once` leaves
     nothing.
@@ -43,7 +45,8 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        heard = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
         try:
             yield
@@ -73,17 +76,28 @@ class Stop:
         if self.reason is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._ask(f"got {signal.Signals(number).name}")
+        self._ask(f"got {signal.Signals(number).name}", frame)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is None:
-            self._ask(f"run.max_hours={self._hours:g} are over")
+        self._ask(self.reason or f"run.max_hours={self._hours:g} are over", frame)
 
-    def _ask(self, reason: str) -> None:
+    def _ask(self, reason: str, frame: FrameType | None) -> None:
         self.reason = reason
-        if self._leave:
+        if self._leave and _must_end(frame):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        elif self._leave:
             self._end_if_asked()
 
     def _end_if_asked(self) -> None:
         if self.reason is not None:
             raise Stopped(self.reason)
+
+
+def _must_end(frame: FrameType | None) -> bool:
+    """Whether something runs that no exception may leave: an import, which a library in C++ ends the process
+    for, or what jax does in the garbage collection, where it would be lost."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib") or "gc_callback" in frame.f_code.co_name:
+            return True
+        frame = frame.f_back
+    return False

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code_of(
         lambda: run(path, given, arguments.allow_changed, place),
         arguments,
-        after_stop="; run the same command again to go on from the last checkpoint",
+        after_stop="; run the same command again to go on from the last checkpoint, if there is one",
     )
 
 

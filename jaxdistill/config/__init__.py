@@ -3,8 +3,8 @@
 from jaxdistill.config.describe import describe
 from jaxdistill.config.json_schema import json_schema
 from jaxdistill.config.load import load
-from jaxdistill.config.model_keys import keys
+from jaxdistill.config.model_keys import keys, nearest
 from jaxdistill.config.strict import StrictConfig
 from jaxdistill.config.yaml_text import dump, flat, show
 
-__all__ = ["StrictConfig", "describe", "dump", "flat", "json_schema", "keys", "load", "show"]
+__all__ = ["StrictConfig", "describe", "dump", "flat", "json_schema", "keys", "load", "nearest", "show"]

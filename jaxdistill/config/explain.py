@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from jaxdistill.config.model_keys import item, nearest, suggest
+from jaxdistill.config.model_keys import item, nearest, owners, suggest
 from jaxdistill.config.overrides import Override
 from jaxdistill.config.yaml_text import KeyPath, dotted, show
 
@@ -70,6 +70,10 @@ def explain(error: ValidationError, data: Any, model: type[BaseModel], origins: 
         _sentence(path, details, data, model, origins)
         for path, details in sorted(groups.items(), key=lambda group: not _unknown(group[1]))
     ]
+    path, details = next(iter(groups.items()))
+    if len(said) == 1 and _unknown(details) and suggest(model, path, data) is None:
+        beside = [name for owner in owners(model, path[:-1], data) for name in owner.model_fields]
+        said[0] += f"; there are {', '.join(dict.fromkeys(beside))}"
     more = [f"and {len(said) - _MOST} more"] if len(said) > _MOST else []
     return "; ".join([*said[:_MOST], *more])
 

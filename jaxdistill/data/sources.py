@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jaxdistill.config import nearest
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.records import Prompt
 
 _CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_KEYS = frozenset({"messages", "answer", "response", "tools", "metadata", "source"})
 _ROW = 'a row is an object like {"messages": [{"role": "user", "content": "..."}], "answer": "..."}'
 
 
@@ -18,7 +21,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     A row has `messages`, and optionally `answer` (what a scorer compares with), `response` (the text of a
     reference response), `tools` (tool descriptions, as a list or as its JSON text), `metadata` (an object
     for the row's scorer, or its JSON text) and `source` (default: the file's stem). Messages that end with
-    the assistant's turn are a prompt and its reference.
+    the assistant's turn are a prompt and its reference. Other keys are not read, but what is nearly one
+    of these is taken for a mistake.
     Raises `ConfigError` for a missing or unknown kind of file, `DataError` for a row that is none.
     """
     if not path.is_file():
@@ -69,7 +73,11 @@ def _without_absent(value: Any) -> Any:
 def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
     messages = row.get("messages") if isinstance(row, Mapping) else None
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where} has no 'messages' list; {_ROW}")
+        has = f" (it has {', '.join(map(repr, row))})" if isinstance(row, Mapping) and row else ""
+        raise DataError(f"{where} has no 'messages' list{has:.200}; {_ROW}")
+    for name in sorted(row.keys() - _KEYS):
+        if (meant := _meant(name, _KEYS.difference(row))) is not None:
+            raise DataError(f"{where}: unknown key {name!r}, did you mean {meant!r}?")
     for message in messages:
         _check_message(message, where)
     for name in ("answer", "response"):
@@ -95,6 +103,11 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
         tools=_tools(row.get("tools"), where),
         metadata=_metadata(row.get("metadata"), where),
     )
+
+
+@cache  # rows mostly have the same keys
+def _meant(name: str, absent: frozenset[str]) -> str | None:
+    return nearest(name, sorted(absent), 0.82)  # anwser, but not resources
 
 
 def _from_text(name: str, value: Any, where: str) -> Any:

@@ -124,6 +124,11 @@ class Display:
         """Leaves the terminal as it was found."""
 
 
+def _going_on(step: int, total_steps: int) -> str:
+    """What is said of a run that does not begin at step 0."""
+    return f"going on from step {step}" if step < total_steps else f"all {total_steps} steps are done already"
+
+
 class Lines(Display):
     """Plain lines for logs: one every `every` steps, and each evaluation."""
 
@@ -134,16 +139,20 @@ class Lines(Display):
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        self._first = step
-        self._started = time.monotonic()
+        if step:
+            self._console.print(_going_on(step, self._total), markup=False, highlight=False)
+        # The first step holds the compilations: what it takes says nothing about the others.
+        self._first = step + 1
+        self._started: float | None = None
 
     def complete(self, step: int, row: Mapping[str, Any]) -> None:
         done = min(step + 1, self._total)
+        if self._started is None:
+            self._started = time.monotonic()
         if not (is_evaluation(row) or step % self._every == 0 or done == self._total):
             return
-        # The first step holds the compilations, so an estimate from it alone would only frighten.
         steps = done - self._first
-        rest = (time.monotonic() - self._started) / steps * (self._total - done) if steps > 1 else 0.0
+        rest = (time.monotonic() - self._started) / steps * (self._total - done) if steps > 0 else 0.0
         eta = f"  ETA {duration(rest)}" if rest > 0 else ""
         line = f"step {step}/{self._total}  {headline(row)}{eta}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -199,6 +208,8 @@ class Terminal(Display):
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task("step", total=self._total, completed=min(step, self._total))
         self._bar.start()
+        if step:
+            self._bar.console.print(_going_on(step, self._total), markup=False, highlight=False)
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
         if self._task is None:

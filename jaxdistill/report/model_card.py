@@ -116,8 +116,9 @@ def facts(
 ) -> list[Row]:
     """Who took part, on what data, with which objective, for how long, with which versions."""
     student, data = manifest.get("student", {}), manifest.get("data", {})
+    counted = "parameters, the adapters' among them" if lora else "parameters"
     found: list[Row] = [
-        ("student", _several(config["student"]["path"], _count(student.get("parameters"), "parameters")))
+        ("student", _several(config["student"]["path"], _count(student.get("parameters"), counted)))
     ]
     for one in teachers_of(manifest, config):
         said = f"{one['kind']}, weights {one['weights']}, tokenizer {one['tokenizer']}"

@@ -65,7 +65,7 @@ PLOTS = (
         zero=True,
     ),
     Plot(
-        "accuracy", "Task accuracy", "correct", (_held_out("accuracy"),), "On prompts not trained on.",
+        "accuracy", "Task accuracy", "correct", (_held_out("accuracy"),), "On held-out prompts.",
         percent=True,
     ),
     Plot(

@@ -76,6 +76,8 @@ class EndpointSettings(StrictConfig):
             raise ValueError("the URL of the server, or a list of them, is expected")
         for url in listed:
             _check_url(url)
+            if url.rstrip("/").endswith("/v1"):
+                raise ValueError(f"{url}: SGLang is asked in its own protocol; give the address without /v1")
         if len({url.rstrip("/") for url in listed}) < len(listed):
             raise ValueError("one URL is listed twice")
         return value

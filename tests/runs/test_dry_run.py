@@ -28,3 +28,12 @@ def test_a_dry_run_finds_an_objective_that_cannot_be_built(train, tmp_path):
     result = train(tmp_path / "run", "--dry-run", config=str(path))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "the 2 teachers have 2 different ones" in result.stderr
+
+
+def test_a_dry_run_says_what_would_refuse_the_run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("not a run")
+    result = apart(*words(folder, ["--dry-run"]))
+    assert result.returncode == 0, result.stderr
+    assert f"BUT a run would be refused: run.dir={folder} is not empty" in result.stdout

@@ -86,10 +86,15 @@ def test_a_model_folder_in_place_of_the_config_s_student(measured, tmp_path):
         (["--config", "configs/quickstart.yaml", "eval.references=true"], "no row of eval.path="),
         (["--config", "configs/quickstart.yaml", "eval.scorer=nope"], "scorer 'nope' is unknown"),
         (["--config", "configs/quickstart.yaml", "--step", "3"], "--step names a checkpoint of --run"),
+        (["--run", "{run}", "student.lora.rank=4"], "student.lora is part of the checkpoints of {run}"),
         (["--run", "{run}", "--model", "x"], "--model goes with --config"),
         ([], "one of the arguments --run --config is required"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(measured, arguments, says):
     result = evaluate(*[argument.format(run=measured) for argument in arguments])
-    assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and says.format(run=measured) in result.stderr
+        and "Traceback" not in result.stderr
+    )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxdistill.data import DataConfig, PromptStream
 from jaxdistill.errors import ConfigError, DataError, TooLongError
-from jaxdistill.inputs import fitting
+from jaxdistill.inputs import fitting, warn_of_overlap
 from jaxdistill.records import Prompt
 from jaxdistill.samplers import RolloutConfig
 
@@ -101,3 +101,10 @@ def test_another_fault_is_no_matter_of_length():
 
     with pytest.raises(DataError, match="no such template"):
         fitting(DATA, chats([1]), [broken], DROP, least=1)
+
+
+def test_held_out_prompts_that_are_trained_on_are_said(caplog):
+    warn_of_overlap(chats([1, 2, 3]), chats([4, 5]))
+    assert not caplog.text
+    warn_of_overlap(chats([1, 2, 3]), chats([4, 3, 1]))
+    assert "2 of the 3 held-out prompts are in data.path too" in caplog.text

@@ -104,7 +104,7 @@ def test_one_wrong_term_is_one_finding(tmp_path):
 
 
 def test_a_key_of_another_objective_is_not_its_own_correction(tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown key 'objective\.lmbda'$"):
+    with pytest.raises(ConfigError, match=r"unknown key 'objective\.lmbda'; there are signal, "):
         read(tmp_path, {"kind": "reverse_kl", "lmbda": 0.5})
 
 

@@ -76,3 +76,45 @@ def test_a_second_signal_ends_the_process(number: int):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
     )
     assert result.stdout == "still here\n" and result.returncode == -number
+
+
+def test_a_terminal_that_closes_stops_a_run_but_not_behind_nohup():
+    stop = Stop()
+    with stop.listening(), pytest.raises(Stopped, match="SIGHUP"), stop.at_once():
+        send(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop().listening(), (stop := Stop()).at_once():
+            send(signal.SIGHUP)
+        assert stop.reason is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_import_is_finished_before_a_run_is_left(tmp_path, monkeypatch):
+    """Libraries in C++ end the process where an exception leaves their import."""
+    (tmp_path / "halfway_module.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.2)\nwhole = True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stop = Stop()
+    with stop.listening(), pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+        import halfway_module  # pyright: ignore
+
+        assert halfway_module.whole
+        time.sleep(5)
+    assert sys.modules.pop("halfway_module").whole
+
+
+def test_what_would_lose_the_stop_is_finished_first():
+    done = []
+
+    def _xla_gc_callback():  # so jax calls its own
+        send(signal.SIGTERM)
+        done.append(True)
+
+    stop = Stop()
+    with stop.listening(), pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+        _xla_gc_callback()
+        time.sleep(5)
+    assert done

@@ -36,7 +36,11 @@ def test_jsonl_and_parquet_read_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "hi"}, "has no 'messages' list"),
+        ({"prompt": "hi"}, r"has no 'messages' list \(it has 'prompt'\)"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "anwser": "3"},
+            "unknown key 'anwser', did you mean 'answer'",
+        ),
         ({"messages": []}, "has no 'messages' list"),
         ([1, 2], "has no 'messages' list"),
         ({"messages": ["hi"]}, "expected an object with 'content' and a 'role' of system"),
