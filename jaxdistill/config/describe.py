@@ -52,7 +52,7 @@ def describe(path: Path, overrides: Sequence[str], model: type[BaseModel], key: 
             *_row("meaning", meaning(owner, name)),
             *_row("value", show(value) if there else "none"),
             *_row("set by", setter),
-            *_row("default", _default(field)),
+            *_row("default", _default_tag(model, place) if is_tag(field) else _default(field)),
             *_row("takes", _takes(_same(model, place) if is_tag(field) else [field])),
             *_row("defined", _definition(owner, name)),
         ]
@@ -112,6 +112,17 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "none, it must be given"
     return show(_default_value(field))
+
+
+def _default_tag(model: type[BaseModel], place: KeyPath) -> str:
+    """Of the setting that tells the members of a union apart: that of the section as a whole, since each
+    member has its own name here."""
+    *above, name = place
+    for section in _same(model, tuple(above)) if above else ():
+        default = None if section.is_required() else _default_value(section)
+        if isinstance(default, dict):
+            return show(default.get(name))
+    return "none, it must be given"
 
 
 def _same(model: type[BaseModel], place: KeyPath) -> list[FieldInfo]:

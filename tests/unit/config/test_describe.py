@@ -99,6 +99,7 @@ def test_the_line_a_setting_is_defined_in(said) -> None:
         ("inner.only", ["inner.only=4", "inner.only=5"], "set by", "override 'inner.only=5'"),
         ("inner.unit", [], "meaning", "`unit: cm` is an example."),
         ("pet.kind", [], "takes", "cat or dog"),
+        ("pet.kind", [], "default", "cat"),
         ("pet.tricks", [], "value", "[sit]"),
         ("pets.0.lives", [], "set by", "x.yaml:5"),
         ("pets.0.lives", [], "meaning", "how many are left"),
