@@ -252,10 +252,10 @@ def build_evaluator(
     return Evaluator(config.eval, heldout, scoring, config.run.steps, rows, measured)
 
 
-def plan(config: RunConfig, device_memory: float | None = None) -> str:
+def plan(config: RunConfig, device_memory: float | None = None, allowed: Collection[str] = ()) -> str:
     """What `--dry-run` prints: everything is checked, of the student's weights the files' headers; nothing is
     written, started or asked, and no weights are put on a device. `device_memory`: bytes of each device, for
-    the plan of another machine; None for what the devices here say they have."""
+    the plan of another machine; None for what the devices here say they have. `allowed` as in `assemble`."""
     inputs = read_inputs(config, shapes_only=True)
     return "\n".join(
         [
@@ -269,16 +269,21 @@ def plan(config: RunConfig, device_memory: float | None = None) -> str:
             f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
             *memory_plan(config, inputs, device_memory),
             f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
-            *refusal(config),
+            *refusal(config, inputs, allowed),
         ]
     )
 
 
-def refusal(config: RunConfig) -> list[str]:
-    """A line on why a run of this config would be refused by the folder it is to go into; nothing where it
-    would not be."""
+def check_start(config: RunConfig, inputs: Inputs, allowed: Collection[str] = ()) -> None:
+    """Raise the `ConfigError` with which a run of this config would be refused for what its folder holds."""
+    check_run_folder(config.run.dir, dump(config), config.run.steps, allowed)
+    check_texts(config.run.dir, config, inputs, allowed)
+
+
+def refusal(config: RunConfig, inputs: Inputs, allowed: Collection[str]) -> list[str]:
+    """What `check_start` says as a line of a plan; nothing where a run would start."""
     try:
-        check_run_folder(config.run.dir, dump(config), config.run.steps)
+        check_start(config, inputs, allowed)
     except ConfigError as error:
         return [f"BUT a run would be refused: {error}"]
     return []

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine(config: "RunConfig") -> None:
     """Print what is found, part by part. A teacher in trouble does not keep the others from being asked;
     the first trouble is raised at the end, for its exit code."""
-    from jaxdistill.assemble import refusal  # as in `main`
+    from jaxdistill.assemble import check_start  # as in `main`
     from jaxdistill.inputs import read_inputs
 
     student = Side.load(config.student.path, config.student.roles, config.student.chat_template)
@@ -82,7 +82,8 @@ def examine(config: "RunConfig") -> None:
         raise type(troubles[0])(
             f"{len(troubles)} of {len(config.all_teachers)} teachers cannot be used, see above"
         )
-    say(refusal(config) or ["nothing stands in the way of a new run"])
+    check_start(config, inputs)
+    say(["nothing stands in the way of a new run"])
 
 
 def examine_teacher(settings: TeacherConfig, student: Side, prompts: int) -> None:

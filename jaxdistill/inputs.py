@@ -138,14 +138,21 @@ def read_inputs(config: RunConfig, *, shapes_only: bool = False) -> Inputs:
 
 def warn_of_overlap(trained: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
     """Say how many of the held-out prompts are trained on as well."""
-    known = {json.dumps(row.messages, sort_keys=True) for row in trained}
-    shared = sum(json.dumps(row.messages, sort_keys=True) in known for row in heldout)
-    if shared and processes.leads():
+    if not heldout or not processes.leads():
+        return
+    # Of what is trained on there may be much: nothing is kept of it.
+    asked = {_chat(row) for row in heldout}
+    known = {chat for row in trained if (chat := _chat(row)) in asked}
+    if shared := sum(_chat(row) in known for row in heldout):
         logger.warning(
             "%d of the %d held-out prompts are in data.path too: figures on them say nothing about others",
             shared,
             len(heldout),
         )
+
+
+def _chat(row: Prompt) -> str:
+    return json.dumps(row.messages, sort_keys=True)
 
 
 def read_student(config: RunConfig, *, shapes_only: bool = False) -> Student:
@@ -314,7 +321,8 @@ def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> Heldout:
         )
     scorer = load_scorer(config.eval.scorer)
     judged = sum([scorer.judges(row) for row in prompts])
-    if judged < len(prompts) and "scorer" in config.eval.model_fields_set and processes.leads():
+    wanted = config.eval.scorer != type(config.eval).model_fields["scorer"].default
+    if judged < len(prompts) and wanted and processes.leads():
         logger.warning(
             "eval.scorer=%s judges %d of the %d held-out prompts; the others lack what it compares with",
             config.eval.scorer,

@@ -7,6 +7,7 @@ be made again); everywhere else a signal is remembered until such a place comes.
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,8 @@ class Stop:
     def after(self, hours: float) -> None:
         """Ask for the end in `hours` from now, where `listening`."""
         self._hours = hours
+        if self.reason is not None:
+            return
         if signal.getsignal(signal.SIGALRM) == self._on_alarm:
             signal.setitimer(signal.ITIMER_REAL, hours * 3600)
 
@@ -73,7 +76,11 @@ class Stop:
             self._leave = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None:
+        if number == signal.SIGHUP:
+            _leave_the_terminal()
+            if self.reason is not None:  # a terminal that closes says so several times
+                return
+        elif self.reason is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._ask(f"got {signal.Signals(number).name}", frame)
@@ -90,7 +97,19 @@ class Stop:
 
     def _end_if_asked(self) -> None:
         if self.reason is not None:
+            # Once: what ends now is not to be left a second time.
+            self._leave = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise Stopped(self.reason)
+
+
+def _leave_the_terminal() -> None:
+    """Whatever is said from now on is said to nobody: writing to a terminal that is gone is an error, which
+    must not come between a stop and its checkpoint."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere.fileno(), stream)
 
 
 def _must_end(frame: FrameType | None) -> bool:

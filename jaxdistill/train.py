@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.explain is not None:
         return exit_code_of(lambda: show_setting(path, given, arguments.explain), arguments)
     if arguments.dry_run:
-        return exit_code_of(lambda: show_plan(path, given, memory and memory * 2**30), arguments)
+        bytes_of_each, allowed = memory and memory * 2**30, arguments.allow_changed
+        return exit_code_of(lambda: show_plan(path, given, bytes_of_each, allowed), arguments)
     if memory is not None:
         options.error("--device-memory goes with --dry-run; a run takes the devices that are there")
     place = (arguments.coordinator, arguments.processes, arguments.process)
@@ -87,15 +88,17 @@ def show_setting(path: Path, overrides: Sequence[str], key: str) -> None:
     print(describe(path, overrides, RunConfig, key))
 
 
-def show_plan(path: Path, overrides: Sequence[str], device_memory: float | None) -> None:
+def show_plan(
+    path: Path, overrides: Sequence[str], device_memory: float | None, allowed: Sequence[str]
+) -> None:
     """Print the plan of the config at `path`, for devices of `device_memory` bytes (None: what those here
-    say)."""
+    say); `allowed` as in `run`."""
     # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
     from jaxdistill.assemble import plan
     from jaxdistill.config import load
     from jaxdistill.run_config import RunConfig
 
-    print(plan(load(path, overrides, RunConfig), device_memory))
+    print(plan(load(path, overrides, RunConfig), device_memory, allowed))
 
 
 def run(

@@ -1,6 +1,7 @@
 """Files of chats -> `Prompt`s. A bad row is named by file and line; nothing is skipped silently."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from jaxdistill.config import nearest
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.records import Prompt
+
+logger = logging.getLogger(__name__)
 
 _CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _KEYS = frozenset({"messages", "answer", "response", "tools", "metadata", "source"})
@@ -21,8 +24,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     A row has `messages`, and optionally `answer` (what a scorer compares with), `response` (the text of a
     reference response), `tools` (tool descriptions, as a list or as its JSON text), `metadata` (an object
     for the row's scorer, or its JSON text) and `source` (default: the file's stem). Messages that end with
-    the assistant's turn are a prompt and its reference. Other keys are not read, but what is nearly one
-    of these is taken for a mistake.
+    the assistant's turn are a prompt and its reference. Other keys are not read; of one that
+    is nearly one of these, and stands in its place, it is said.
     Raises `ConfigError` for a missing or unknown kind of file, `DataError` for a row that is none.
     """
     if not path.is_file():
@@ -30,10 +33,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise ConfigError(f"{path}: unknown kind of data file {path.suffix!r}; expected {', '.join(readers)}")
-    prompts = [
-        _to_prompt(row, index, path.stem, where)
-        for index, (where, row) in enumerate(readers[path.suffix](path))
-    ]
+    prompts, doubted = [], set[str]()
+    for index, (where, row) in enumerate(readers[path.suffix](path)):
+        prompts.append(_to_prompt(row, index, path.stem, where))
+        _warn_of_misspelt(row, where, doubted)
     if not prompts:
         raise DataError(f"{path} has no rows; {_ROW}")
     return prompts
@@ -75,9 +78,6 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
     if not isinstance(messages, list) or not messages:
         has = f" (it has {', '.join(map(repr, row))})" if isinstance(row, Mapping) and row else ""
         raise DataError(f"{where} has no 'messages' list{has:.200}; {_ROW}")
-    for name in sorted(row.keys() - _KEYS):
-        if (meant := _meant(name, _KEYS.difference(row))) is not None:
-            raise DataError(f"{where}: unknown key {name!r}, did you mean {meant!r}?")
     for message in messages:
         _check_message(message, where)
     for name in ("answer", "response"):
@@ -106,8 +106,17 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
 
 
 @cache  # rows mostly have the same keys
-def _meant(name: str, absent: frozenset[str]) -> str | None:
-    return nearest(name, sorted(absent), 0.82)  # anwser, but not resources
+def _meant(name: str) -> str | None:
+    return nearest(name, sorted(_KEYS), 0.82)  # anwser, but not resources
+
+
+def _warn_of_misspelt(row: Mapping[str, Any], where: str, said: set[str]) -> None:
+    """Say once a key that is not read and is nearly one the row lacks."""
+    for name in row.keys() - _KEYS - said:
+        meant = _meant(name)
+        if meant is not None and meant not in row:
+            said.add(name)
+            logger.warning("%s has %r, which is not read, and no %r; did you mean that?", where, name, meant)
 
 
 def _from_text(name: str, value: Any, where: str) -> Any:

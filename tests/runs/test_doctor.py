@@ -40,6 +40,7 @@ def test_a_sound_config_and_what_is_said_of_it(tmp_path: Path) -> None:
         ("teacher.tokenizer=assets/toy/student", "is not that of the model served"),
         ("teacher.top_k=100000", "at most the vocabulary"),
         ("student.path=nowhere", "nowhere"),
+        ("run.dir=assets/toy", "run.dir=assets/toy is not empty and holds no run"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(tmp_path: Path, override: str, words: str) -> None:

@@ -1,6 +1,7 @@
 """Where a run that is asked to end may be left."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -82,10 +83,13 @@ def test_a_terminal_that_closes_stops_a_run_but_not_behind_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run behind nohup themselves
     try:
         stop = Stop()
-        with stop.listening(), pytest.raises(Stopped, match="SIGHUP"), stop.at_once():
-            send(signal.SIGHUP)
+        with stop.listening():
+            with pytest.raises(Stopped, match="SIGHUP"), stop.at_once():
+                send(signal.SIGHUP)
+            send(signal.SIGHUP)  # they come from the shell and from the kernel
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with Stop().listening(), (stop := Stop()).at_once():
+        stop = Stop()
+        with stop.listening(), stop.at_once():
             send(signal.SIGHUP)
         assert stop.reason is None
     finally:
@@ -119,3 +123,33 @@ def test_what_would_lose_the_stop_is_finished_first():
         _xla_gc_callback()
         time.sleep(5)
     assert done
+
+
+CLOSED = """
+import os, signal, sys
+from jaxdistill.stopping import Stop, Stopped
+stop = Stop()
+with stop.listening():
+    print("ready", flush=True)
+    try:
+        with stop.at_once():
+            signal.pause()
+    except Stopped as stopped:
+        print("nobody reads this", flush=True)
+        print("nor this", file=sys.stderr, flush=True)
+        open(sys.argv[1], "w").write(str(stopped))
+"""
+
+
+def test_what_is_said_to_a_terminal_that_is_gone_is_no_error(tmp_path):
+    saved = tmp_path / "saved"
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, "-c", CLOSED, str(saved)])
+    heard = b""
+    while b"ready" not in heard:
+        heard += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert saved.read_text() == "got SIGHUP"
