@@ -126,7 +126,9 @@ def test_what_would_lose_the_stop_is_finished_first():
 
 
 CLOSED = """
-import os, signal, sys
+import fcntl, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its own terminal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from jaxdistill.stopping import Stop, Stopped
 stop = Stop()
 with stop.listening():
@@ -143,13 +145,13 @@ with stop.listening():
 
 def test_what_is_said_to_a_terminal_that_is_gone_is_no_error(tmp_path):
     saved = tmp_path / "saved"
-    child, terminal = pty.fork()
-    if child == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        os.execv(sys.executable, [sys.executable, "-c", CLOSED, str(saved)])
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-c", CLOSED, str(saved)]
+    child = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, start_new_session=True)
+    os.close(end)
     heard = b""
     while b"ready" not in heard:
         heard += os.read(terminal, 1000)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert child.wait(timeout=60) == 0
     assert saved.read_text() == "got SIGHUP"
