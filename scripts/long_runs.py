@@ -13,7 +13,8 @@ its children hold is read from /proc ten times a second; the teacher is a server
 counted. The first tenth of the steps is to warm up, the second is what the last is compared with, by medians.
 The memory they have asked for (`own`) may grow by 5 % of what is resident at most. The rest of that is pages
 of files, of which the system takes back and reads again what it likes: they would hide a growth. The fewest
-threads and file descriptors of the last tenth may not be more than those of the second; the pool that writes
+threads and file descriptors of the last tenth, which are those that stay, may not be more than there mostly
+were in the second (its fewest hang on what happened to be caught in between); the pool that writes
 checkpoints, which begins its threads as it needs them, is not among them.
 
 Settings such as rollout.max_staleness=1 replace the run's. Prints one JSON line; exit code 1 where that does
@@ -183,9 +184,16 @@ def memory(folder: Path, steps: int, more: Sequence[str]) -> dict[str, Any]:
     found: list[Held] = []
     settings = [*SMALL, f"run.steps={steps}", *more]
     table = run(folder / "run", settings, lambda *_: None, found.append)
+    return {**judged(found, steps), "seconds": round(table[-1]["elapsed_seconds"], 1)}
+
+
+def judged(found: Sequence[Held], steps: int) -> dict[str, Any]:
+    """What the readings of a run of `steps` steps say; `ok` where nothing grew. See the module's text.
+
+    Raises `RuntimeError` where there are too few of them."""
     part = steps // 10
-    early = [one for one in found if part <= one.steps < 2 * part]
-    late = [one for one in found if steps - part <= one.steps < steps]
+    tenths = [[one for one in found if k * part <= one.steps < (k + 1) * part] for k in range(10)]
+    early, late = tenths[1], tenths[9]
     if min(len(early), len(late)) < 10:
         raise RuntimeError(
             f"only {len(early)} and {len(late)} readings, expected at least 10 in each part of {part} steps; "
@@ -200,10 +208,8 @@ def memory(folder: Path, steps: int, more: Sequence[str]) -> dict[str, Any]:
     growth = (own[1] - own[0]) / resident[0]
     # Connections to the teacher and threads that save come and go; what stays is in every reading.
     counts = {
-        name: [min(getattr(one, name) for one in part) for part in (early, late)]
-        for name in ("threads", "files")
+        name: [median(early, name), min(getattr(one, name) for one in late)] for name in ("threads", "files")
     }
-    tenths = [[one for one in found if k * part <= one.steps < (k + 1) * part] for k in range(10)]
     return {
         "steps": steps,
         "readings": [len(early), len(late)],
@@ -212,7 +218,6 @@ def memory(folder: Path, steps: int, more: Sequence[str]) -> dict[str, Any]:
         "growth": round(growth, 4),
         "own_mib_by_tenths": [round(median(one, "own") / MIB, 1) for one in tenths],
         **counts,
-        "seconds": round(table[-1]["elapsed_seconds"], 1),
         "ok": growth <= FLAT and all(before >= after for before, after in counts.values()),
     }
 
