@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -252,41 +253,43 @@ def build_evaluator(
     return Evaluator(config.eval, heldout, scoring, config.run.steps, rows, measured)
 
 
-def plan(config: RunConfig, device_memory: float | None = None, allowed: Collection[str] = ()) -> str:
-    """What `--dry-run` prints: everything is checked, of the student's weights the files' headers; nothing is
-    written, started or asked, and no weights are put on a device. `device_memory`: bytes of each device, for
+class Plan(NamedTuple):
+    """What `--dry-run` finds: what a run would be, and what keeps it from being one."""
+
+    text: str
+    obstacles: list[str]
+
+
+def plan(config: RunConfig, device_memory: float | None = None, allowed: Collection[str] = ()) -> Plan:
+    """A run of this config, checked: of the student's weights the files' headers; nothing is written,
+    started or asked, and no weights are put on a device. `device_memory`: bytes of each device, for
     the plan of another machine; None for what the devices here say they have. `allowed` as in `assemble`."""
     inputs = read_inputs(config, shapes_only=True)
-    return "\n".join(
-        [
-            dump(config).rstrip(),
-            "---",
-            student_plan(inputs),
-            f"compute: {inputs.decoder.compute_dtype.name}, attention by {inputs.decoder.attention}",
-            *map(teacher_plan, config.all_teachers, inputs.vocabularies.teachers),
-            f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout.prompts)} held out",
-            f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
-            f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
-            *memory_plan(config, inputs, device_memory),
-            f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
-            *refusal(config, inputs, allowed),
-        ]
-    )
+    memory = memory_plan(config, inputs, device_memory)
+    lines = [
+        dump(config).rstrip(),
+        "---",
+        student_plan(inputs),
+        f"compute: {inputs.decoder.compute_dtype.name}, attention by {inputs.decoder.attention}",
+        *map(teacher_plan, config.all_teachers, inputs.vocabularies.teachers),
+        f"data: {inputs.prompts.rows} prompts, {len(inputs.heldout.prompts)} held out",
+        f"batch: {config.origin_schedule.rows} rows, lengths {list(config.buckets)}",
+        f"mesh: {dict(inputs.mesh.shape)} on {jax.devices()[0].device_kind}",
+        *memory.lines,
+        f"run: {config.run.steps} steps into {config.run.dir} (dry run: nothing was written)",
+    ]
+    obstacles = [] if memory.fits else ["it does NOT FIT into the memory of a device, as the plan says"]
+    try:
+        check_start(config, inputs, allowed)
+    except ConfigError as error:
+        obstacles.append(str(error))
+    return Plan("\n".join(lines), obstacles)
 
 
 def check_start(config: RunConfig, inputs: Inputs, allowed: Collection[str] = ()) -> None:
     """Raise the `ConfigError` with which a run of this config would be refused for what its folder holds."""
     check_run_folder(config.run.dir, dump(config), config.run.steps, allowed)
     check_texts(config.run.dir, config, inputs, allowed)
-
-
-def refusal(config: RunConfig, inputs: Inputs, allowed: Collection[str]) -> list[str]:
-    """What `check_start` says as a line of a plan; nothing where a run would start."""
-    try:
-        check_start(config, inputs, allowed)
-    except ConfigError as error:
-        return [f"BUT a run would be refused: {error}"]
-    return []
 
 
 def student_plan(student: Student) -> str:

@@ -24,7 +24,11 @@ class DataError(JaxDistillError, ValueError):
 
 
 class TooLongError(DataError):
-    """A row of the data with more tokens than the run has room for."""
+    """A row of the data with more tokens than the run has room for, `by` so many."""
+
+    def __init__(self, message: str, by: int):
+        super().__init__(message)
+        self.by = by
 
 
 class AlignmentError(DataError):

@@ -271,21 +271,20 @@ def fitting(
     Raises `DataError` where there are others and `rollout.too_long` says "stop", `ConfigError` where leaving
     them out leaves fewer than `least`, and what else the checks raise.
     """
-    kept, left_out = [], []
+    kept, left_out, excess = [], [], []
     for row in rows:
         try:
             for check in checks:
                 check(row)
         except TooLongError as error:
             left_out.append(LeftOut(path, row, str(error)))
+            excess.append(error.by)
         else:
             kept.append(row)
     if not left_out:
         return kept, left_out
-    what = (
-        f"{path}: {len(left_out)} of {len(rows)} rows are longer than there is room for, the first: "
-        f"{left_out[0].detail}"
-    )
+    longest = left_out[excess.index(max(excess))].detail
+    what = f"{len(left_out)} of {len(rows)} rows are longer than there is room for, the longest: {longest}"
     if rollout.too_long == "stop":
         raise DataError(
             f"{what}; raise that, or leave such rows out by rollout.too_long=drop (truncate: also cut "

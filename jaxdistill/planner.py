@@ -3,7 +3,7 @@ much."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import optax
 from jax.sharding import AbstractMesh, Mesh
@@ -89,10 +89,16 @@ class Shapes:
         return replace(self, config=self.config.model_copy(update={section: changed}))
 
 
-def memory_plan(config: RunConfig, inputs: Inputs, limit: float | None = None) -> list[str]:
-    """What `--dry-run` says of memory: the step of the longest rows, the student's sampling, and what to
-    change where they do not fit into devices of `limit` bytes (None: what the device says it has). Compiles,
-    and runs nothing."""
+class MemoryPlan(NamedTuple):
+    """What `--dry-run` says of memory; `fits` unless it is known not to."""
+
+    lines: list[str]
+    fits: bool
+
+
+def memory_plan(config: RunConfig, inputs: Inputs, limit: float | None = None) -> MemoryPlan:
+    """The step of the longest rows, the student's sampling, and what to change where they do not fit into
+    devices of `limit` bytes (None: what the device says it has). Compiles, and runs nothing."""
     decoder = inputs.decoder
     run = Shapes(config, decoder.config, decoder.attention, inputs.objective, inputs.mesh)
     memory, sampling = run.step(), run.sampling()
@@ -100,14 +106,22 @@ def memory_plan(config: RunConfig, inputs: Inputs, limit: float | None = None) -
     in_parts = "" if parts == 1 else f" in {parts} parts"
     if limit is None:
         limit = (run.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    room = None if limit is None else (1 - RESERVE) * limit
     found = table(memory, sampling, limit)
-    if limit is not None:
-        found += advice(run, memory, sampling, (1 - RESERVE) * limit)
-    return [
+    if room is not None:
+        found += advice(run, memory, sampling, room)
+    head = (
         f"memory of each device, {run.rows} rows of {config.buckets[-1]} tokens{in_parts} "
-        "(compiled, not run):",
-        *(f"  {line}" for line in found),
-    ]
+        "(compiled, not run):"
+    )
+    return MemoryPlan(
+        [head, *(f"  {line}" for line in found)], room is None or _most(memory, sampling) <= room
+    )
+
+
+def _most(memory: StepMemory, sampling: SamplingMemory) -> int:
+    """Bytes of one device that a run needs at its worst time."""
+    return max(memory.total, memory.state + sum(sampling))
 
 
 def table(memory: StepMemory, sampling: SamplingMemory, limit: float | None) -> list[str]:
@@ -147,7 +161,7 @@ def advice(run: Shapes, memory: StepMemory, sampling: SamplingMemory, room: int 
 def _helping(savings: Iterable[tuple[str, int]], lacking: float) -> list[str]:
     """Those settings that save a hundredth of what is `lacking` or more, the best first."""
     helping = sorted(((saved, what) for what, saved in savings if saved >= lacking / 100), reverse=True)
-    lines = [f"  {what}: {size(saved)}" for saved, what in helping]
+    lines = [f"  {what}: {size(saved)}{', enough' if saved >= lacking else ''}" for saved, what in helping]
     if not helping or helping[0][0] < lacking:
         lines.append(f"  none of them is enough alone: {size(lacking)} is lacking")
     return lines

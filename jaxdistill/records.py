@@ -46,10 +46,11 @@ Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as chat templ
 class Prompt:
     """One row of the data: a chat that ends before the assistant's turn.
 
-    `index` is the row's place in its source and seeds its samples. `answer` is what a scorer
-    compares with; `response` is the assistant's turn that follows in the data, which `sft` trains on.
-    `tools` are the tool descriptions both templates are given. `metadata` is whatever else a row says for its
-    scorer; nothing else reads it.
+    `index` is the row's place in its source and seeds its samples; `place` says to people where it stands
+    (a file and a line), and is no part of what the row is. `answer` is what a scorer compares with;
+    `response` is the assistant's turn that follows in the data, which `sft` trains on. `tools` are the tool
+    descriptions both templates are given. `metadata` is whatever else a row says for its scorer; nothing else
+    reads it.
     """
 
     messages: Sequence[Message]
@@ -59,6 +60,12 @@ class Prompt:
     response: Message | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     metadata: Mapping[str, Any] | None = None
+    place: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        """The row's name in messages."""
+        return self.place or f"{self.source} row {self.index}"
 
 
 @dataclass(frozen=True)

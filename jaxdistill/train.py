@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxdistill import logs
 from jaxdistill.cli import CommandParser, exit_code_of, overrides
+from jaxdistill.errors import ConfigError
 from jaxdistill.stopping import Stop
 
 
@@ -92,13 +93,18 @@ def show_plan(
     path: Path, overrides: Sequence[str], device_memory: float | None, allowed: Sequence[str]
 ) -> None:
     """Print the plan of the config at `path`, for devices of `device_memory` bytes (None: what those here
-    say); `allowed` as in `run`."""
+    say); `allowed` as in `run`.
+
+    Raises `ConfigError` behind it where that run would be refused, or does not fit."""
     # Imported here, not above: jax takes seconds to import, and `--help` needs none of it.
     from jaxdistill.assemble import plan
     from jaxdistill.config import load
     from jaxdistill.run_config import RunConfig
 
-    print(plan(load(path, overrides, RunConfig), device_memory, allowed))
+    found = plan(load(path, overrides, RunConfig), device_memory, allowed)
+    print(found.text, flush=True)
+    if found.obstacles:
+        raise ConfigError(f"this would not run: {'; and '.join(found.obstacles)}")
 
 
 def run(

@@ -194,17 +194,17 @@ def dry_run(name: str, *overrides: str, memory: float | None = None) -> Plan:
             text=True,
             check=False,
         )
-    if done.returncode:
+    _, found, text = done.stdout.partition("memory of each device")
+    if not found:
         raise ConfigError(
             f"configs/{name}.yaml has no plan (exit code {done.returncode}): {done.stderr[-2000:]}"
         )
-    text = done.stdout[done.stdout.index("memory of each device") :]
     return Plan(
         step=_size(text, "a step takes"),
         sampling=_size(text, "; sampling"),
         room=0.9 * given,
-        fits="\n  fits into the" in text,
-        text=text,
+        fits=done.returncode == 0,
+        text=found + text,
     )
 
 

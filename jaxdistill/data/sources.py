@@ -102,6 +102,7 @@ def _to_prompt(row: Any, index: int, stem: str, where: str) -> Prompt:
         response=response,
         tools=_tools(row.get("tools"), where),
         metadata=_metadata(row.get("metadata"), where),
+        place=where,
     )
 
 

@@ -136,12 +136,13 @@ def render_prompt(tokenizer: Tokenizer, prompt: Prompt, config: RolloutConfig) -
     ids = tokenizer.render(prompt.messages, tools=prompt.tools, template_kwargs=config.template_kwargs)
     if not len(ids):
         raise DataError(
-            f"{prompt.source} row {prompt.index}: the prompt has no student token, so there is nothing to go "
+            f"{prompt.where}: the prompt has no student token, so there is nothing to go "
             "on from; give it text, or a chat template that begins with a token"
         )
     if len(ids) > config.max_prompt_tokens:
         raise TooLongError(
-            f"{prompt.source} row {prompt.index}: the prompt has {len(ids)} student tokens, more than "
-            f"rollout.max_prompt_tokens={config.max_prompt_tokens}"
+            f"{prompt.where}: the prompt has {len(ids)} student tokens, more than "
+            f"rollout.max_prompt_tokens={config.max_prompt_tokens}",
+            by=len(ids) - config.max_prompt_tokens,
         )
     return ids

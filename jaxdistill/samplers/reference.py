@@ -43,7 +43,7 @@ class ReferenceSampler:
 
         Raises `DataError` naming the row that has no reference or cannot be rendered, `TooLongError` where
         there is no room for it, or with "truncate" not for one token of it."""
-        where = f"{prompt.source} row {prompt.index}"
+        where = prompt.where
         if prompt.response is None:
             raise DataError(
                 f"{where} has no reference, expected messages that end with the assistant's turn, or a "
@@ -64,7 +64,8 @@ class ReferenceSampler:
         if not fits and (self.config.too_long != "truncate" or start >= longest):
             raise TooLongError(
                 f"{where}: the chat has {stop} student tokens up to the end of its last turn, more than "
-                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}"
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}",
+                by=stop - longest,
             )
         stop = min(stop, longest)
         return Rollout(

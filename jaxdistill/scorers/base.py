@@ -37,7 +37,7 @@ class Scorer:
             return None
         if not rollout.finished:
             return 0.0
-        where = f"scorer {self.name!r} on {prompt.source} row {prompt.index}"
+        where = f"scorer {self.name!r} on {prompt.where}"
         response = rollout.response.text
         try:
             value = self.function(response, prompt)

@@ -37,7 +37,7 @@ def has_entry(prompt: Prompt) -> bool:
     metadata = prompt.metadata
     if metadata is None or "dataset" not in metadata:
         return False
-    where = f"{prompt.source} row {prompt.index}"
+    where = prompt.where
     entry = metadata.get("entry")
     if not isinstance(entry, dict) or not {"answer", "metadata"} <= entry.keys():
         raise DataError(f"{where}: the entry of its metadata is {entry!r:.80}; {_ROW}")

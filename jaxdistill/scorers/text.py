@@ -57,7 +57,7 @@ def has_number(prompt: Prompt) -> bool:
         return False
     if last_number(prompt.answer) is None:
         raise DataError(
-            f"{prompt.source} row {prompt.index}: the answer {prompt.answer!r:.80} holds no number for "
+            f"{prompt.where}: the answer {prompt.answer!r:.80} holds no number for "
             "scorer 'numeric'; write one, or use another scorer"
         )
     return True
@@ -79,5 +79,5 @@ def last_number(text: str) -> Fraction | None:
 
 def _answer(prompt: Prompt) -> str:
     if prompt.answer is None:
-        raise DataError(f"{prompt.source} row {prompt.index} has no answer to compare with")
+        raise DataError(f"{prompt.where} has no answer to compare with")
     return prompt.answer.strip()

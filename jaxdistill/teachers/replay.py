@@ -157,8 +157,8 @@ class ReplayTeacher:
             self._missing += 1
             why = Unscored(
                 "not_recorded",
-                f"{self.config.path} has no scores for this response to {rollout.prompt.source} row "
-                f"{rollout.prompt.index} ({len(prompt)} prompt and {len(response)} response tokens)",
+                f"{self.config.path} has no scores for this response to {rollout.prompt.where} "
+                f"({len(prompt)} prompt and {len(response)} response tokens)",
             )
             return TeacherScores(response.head(0), np.zeros(0, np.float32), self.name, "", unscored=why)
         if place is None:

@@ -298,7 +298,7 @@ def _named(prompt: Prompt) -> Iterator[None]:
     try:
         yield
     except TeacherContractError as error:
-        raise TeacherContractError(f"{prompt.source} row {prompt.index}: {error}") from error
+        raise TeacherContractError(f"{prompt.where}: {error}") from error
 
 
 def _results(reply: Reply, count: int) -> list[Any]:

@@ -31,9 +31,14 @@ def test_a_dry_run_finds_an_objective_that_cannot_be_built(train, tmp_path):
 
 
 def test_a_dry_run_says_what_would_refuse_the_run(tmp_path):
+    """Behind the plan, which is whole, and with the exit code of the refused run."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "notes.txt").write_text("not a run")
-    result = apart(*words(folder, ["--dry-run"]))
-    assert result.returncode == 0, result.stderr
-    assert f"BUT a run would be refused: run.dir={folder} is not empty" in result.stdout
+    result = apart(*words(folder, ["--dry-run", "--device-memory", "0.001"]))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "a step does NOT FIT into the 0.9 MiB" in result.stdout and "dry run: nothing" in result.stdout
+    assert (
+        "this would not run: it does NOT FIT into the memory of a device, as the plan says; "
+        f"and run.dir={folder} is not empty" in result.stderr
+    )

@@ -49,4 +49,4 @@ def test_an_answer_without_a_number_is_found_before_the_run(train, tmp_path):
     data.write_text("".join(line + "\n" for line in changed))
     settings = (f"data.path={data}", "reward.scorer=numeric", *REWARD[1:])
     result = train(tmp_path / "run", *settings)
-    assert result.returncode == 2 and "data row 8: the answer 'many' holds no number" in result.stderr
+    assert result.returncode == 2 and "data.jsonl line 9: the answer 'many' holds no number" in result.stderr

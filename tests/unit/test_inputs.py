@@ -25,7 +25,9 @@ def at_most(longest: int):
 
     def check(row: Prompt) -> None:
         if (size := len(row.messages[0]["content"])) > longest:
-            raise TooLongError(f"{row.source} row {row.index}: {size} characters, more than {longest}")
+            raise TooLongError(
+                f"{row.source} row {row.index}: {size} characters, more than {longest}", size - longest
+            )
 
     return check
 
@@ -79,13 +81,13 @@ def test_what_is_left_out_is_named_and_said(caplog, too_long):
         "source": "chats",
         "index": 1,
     }
-    assert f"2 of 4 rows are longer than there is room for, the first: {left_out[0].detail}" in caplog.text
+    assert f"2 of 4 rows are longer than there is room for, the longest: {left_out[0].detail}" in caplog.text
     assert f"by rollout.too_long={too_long} they are left out" in caplog.text
 
 
 def test_by_default_they_end_the_run_before_it_begins():
-    with pytest.raises(DataError, match=r"chats.jsonl: 2 of 3 rows .* the first: chats row 0: .*=drop"):
-        fitting(DATA, chats([20, 1, 20]), [at_most(10)], RolloutConfig(), least=1)
+    with pytest.raises(DataError, match=r"2 of 3 rows .* the longest: chats row 1: .*=drop"):
+        fitting(DATA, chats([20, 21, 1]), [at_most(10)], RolloutConfig(), least=1)
 
 
 @pytest.mark.parametrize(("lengths", "remain"), [([20, 20, 20], 0), ([20, 1, 20], 1)])

@@ -24,7 +24,7 @@ from jaxdistill.packing import blank
 from jaxdistill.parallel import MeshConfig, make_mesh
 from jaxdistill.parallel.mesh import AXES
 from jaxdistill.parallel.rules import rows_sharding
-from jaxdistill.planner import Shapes, advice, size, table
+from jaxdistill.planner import MemoryPlan, Shapes, advice, size, table
 from jaxdistill.run_config import RunConfig
 from jaxdistill.samplers import Generator, RolloutConfig, sampling_params
 from jaxdistill.students import Decoder, LoraConfig, abstract_decoder, check_folder, parse_config
@@ -169,7 +169,8 @@ def said_of(run: Shapes, room: float, part: str) -> dict[str, str]:
         if not line.startswith("  "):
             break
         what, _, saved = line.strip().rpartition(": ")
-        found[what] = saved
+        found[what], _, enough = saved.partition(", ")
+        assert enough in ("", "enough")
     return found
 
 
@@ -192,6 +193,8 @@ def test_what_makes_a_step_smaller_is_said_as_the_compiler_counts_it(mesh, unche
     parts = {n: other(f"optimizer.gradient_accumulation_steps={n}") for n in (2, 4, 8)}
     said = said_of(run, whole - parts[4], "a step")
     assert parts[2] < parts[4] < parts[8]
+    lines = advice(run, run.step(), run.sampling(), whole - parts[4])
+    assert f"  optimizer.gradient_accumulation_steps=4: {size(parts[4])}, enough" in lines
     assert said["optimizer.gradient_accumulation_steps=4"] == size(parts[4])
     assert said["student.remat=layer"] == size(other("student.remat=layer"))
     assert "none of them is enough alone" not in said and not any("max_new_tokens" in what for what in said)
@@ -237,11 +240,12 @@ def test_a_plan_puts_nothing_on_the_devices(unchecked, monkeypatch):
 
     def spy(config, inputs, limit):
         at_planning.extend(array.shape for array in jax.live_arrays() if id(array) not in before)
-        return [f"limit {limit}"]
+        return MemoryPlan([f"limit {limit}"], True)
 
     monkeypatch.setattr(assemble, "memory_plan", spy)
     before = {id(array) for array in jax.live_arrays()}
-    said = assemble.plan(quickstart("run.dir=none"), 7.0)
+    said, obstacles = assemble.plan(quickstart("run.dir=none"), 7.0)
+    assert not obstacles
     assert "limit 7.0" in said and "student: " in said
     parameters = jax.tree.leaves(nnx.state(read_student(quickstart(), shapes_only=True).decoder, nnx.Param))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in parameters)

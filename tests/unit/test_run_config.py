@@ -115,7 +115,7 @@ def test_prompts_are_read_beforehand_where_only_later_steps_answer_them(tmp_path
     data.write_text((json.dumps(row) + "\n") * 2)
     shares = {"reference": [1.0, 0.0], "student": [0.0, 1.0]}
     small = (f"data.path={data}", "data.prompts_per_step=2", "eval.path=null", "rollout.max_new_tokens=128")
-    with pytest.raises(DataError, match=r"data row 0: the prompt has"):
+    with pytest.raises(DataError, match=r"the longest: .*data.jsonl line 1: the prompt has"):
         read_inputs(read(tmp_path, {"kind": "gkd"}, *TOP_K, *small, origins=shares))
     read_inputs(read(tmp_path, {"kind": "gkd"}, *TOP_K, *small, origins={"reference": 1.0}))
 
