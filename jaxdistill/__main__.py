@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from jaxdistill.cli import WORDS, module_of
+from jaxdistill.cli import WORDS, exit_code_of, module_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,11 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if word is not None and word in WORDS:
         return module_of(word).main(arguments[1:])
     if word in ("-h", "--help"):
-        print(_help())
-        return 0
+        return exit_code_of(lambda: print(_help()))
     if word == "--version":
-        print(f"jaxdistill {version('jaxdistill')}")
-        return 0
+        return exit_code_of(lambda: print(f"jaxdistill {version('jaxdistill')}"))
     choice = f"expected one of {', '.join(WORDS)}"
     if word is None:
         said = f"no command given, {choice}"

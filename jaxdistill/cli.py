@@ -5,6 +5,8 @@ import difflib
 import errno
 import importlib
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -16,6 +18,7 @@ from jaxdistill.stopping import Stopped
 
 INTERRUPTED = 130
 BUG = 1
+UNREAD = 141  # as of a process that SIGPIPE ended
 # What a machine may refuse anybody: no fault of ours, and a traceback would not help.
 _OF_THE_MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
@@ -100,14 +103,15 @@ def exit_code_of(body: Callable[[], object], arguments: Any = None, *, after_sto
     message on stderr and its exit code.
 
     0 done, 2 bad config or data, 75 try again later (of a run that was `Stopped` the message ends with
-    `after_stop`), 130 interrupted, 1 otherwise. A file the machine refuses (a full disk, no permission) is
-    one line too. Any other exception is a bug of ours and keeps its traceback, which is a field of the last
-    line where lines are JSON.
+    `after_stop`), 130 interrupted, 141 where nobody reads stdout any more (`| head`), 1 otherwise. A file the
+    machine refuses (a full disk, no permission) is one line too. Any other exception is a bug of ours and
+    keeps its traceback, which is a field of the last line where lines are JSON.
     """
     style: logs.Format = "text" if arguments is None else arguments.log_format
     with logs.speaking(style, silent=arguments is not None and arguments.quiet):
         try:
             body()
+            print(end="", flush=True)  # a reader who has gone is met here, not when Python ends
         except JaxDistillError as error:
             logs.say_error(error, error.exit_code)
             return error.exit_code
@@ -118,6 +122,8 @@ def exit_code_of(body: Callable[[], object], arguments: Any = None, *, after_sto
             logs.say_error(error, INTERRUPTED, "interrupted")
             return INTERRUPTED
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return UNREAD
             if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
                 where = error.filename or "a file"
                 logs.say_error(
@@ -129,3 +135,14 @@ def exit_code_of(body: Callable[[], object], arguments: Any = None, *, after_sto
             logging.getLogger(__name__).critical("%s: %s", type(error).__name__, error, exc_info=error)
             return BUG
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone; what is still to be written there then goes nowhere."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    if gone:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return gone

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -87,12 +87,15 @@ def say_error(error: BaseException, exit_code: int, message: str | None = None) 
 
 
 class _Handler(logging.Handler):
-    """Writes to whatever stderr is at that moment: a live display puts itself in its place."""
+    """Writes to whatever stderr is at that moment: a live display puts itself in its place. Where nobody
+    reads it any more what is said is lost, not what was being done."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # One write a line, so that the lines of several processes do not end up in each other.
-        sys.stderr.write(self.format(record) + "\n")
-        sys.stderr.flush()
+        said = self.format(record)
+        with suppress(BrokenPipeError):
+            # One write a line, so that the lines of several processes do not end up in each other.
+            sys.stderr.write(said + "\n")
+            sys.stderr.flush()
 
 
 class _Text(logging.Formatter):

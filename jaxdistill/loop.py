@@ -1,5 +1,6 @@
 """The run, on one screen."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from jaxdistill.skipped import SkippedBatches
 from jaxdistill.step import Metrics, TrainState
 from jaxdistill.stopping import Stop, Stopped
 from jaxdistill.teachers import Teachers
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # training responses in the sample table of a run without held-out prompts
 
@@ -84,6 +87,8 @@ def train(run: Run) -> TrainState:
             with run.stop.at_once():
                 collected = run.batches.take(step)
             set_aside(run, step, collected.rollouts, collected.scored)
+            if step == first:
+                warn_of_cut(step, collected.rollouts)
             # Saving went on beside all that; no step is made before it is whole, so that a kill at any time
             # costs at most one interval.
             run.checkpoints.settle()
@@ -166,6 +171,20 @@ def set_aside(run: Run, step: int, rollouts: Sequence[Rollout], scored: Scored |
     elif rows and len(rows) == len(rollouts):
         raise TeacherContractError(
             f"none of {len(rows)} prompts got a response; the first: {rows[0]['detail']}"
+        )
+
+
+def warn_of_cut(step: int, rollouts: Sequence[Rollout]) -> None:
+    """Say where no response of the student ended by itself: it learns nothing of how one ends, a scorer gives
+    all of them 0."""
+    own = [one for one in rollouts if one.origin == "student"]
+    if own and not any(one.finished for one in own) and processes.leads():
+        logger.warning(
+            "step %d: none of the student's %d responses ended by itself, all were cut at "
+            "rollout.max_new_tokens=%d; if it is to end its turns, raise that",
+            step,
+            len(own),
+            max(len(one.response) for one in own),
         )
 
 

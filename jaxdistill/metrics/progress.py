@@ -108,6 +108,17 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+class _Stderr(Console):
+    """Where a run says how it goes. Where nobody reads it any more (`| head`) the run goes on in silence:
+    rich itself would end it."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Display:
     """Where a run's progress goes; this one shows nothing."""
 
@@ -246,7 +257,7 @@ def display(total_steps: int, *, progress: bool, every: int | None, console: Con
         return Display()
     if logs.as_json():
         return Objects(total_steps)
-    console = console or Console(stderr=True)
+    console = console or _Stderr()
     if console.is_terminal:
         return Terminal(console, total_steps)
     return Lines(console, total_steps, every or max(1, total_steps // 20))

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from aiohttp import web
@@ -128,3 +129,14 @@ def browse(tmp_path: Path) -> Callable[..., tuple[str, list[str]]]:
         return done.stdout.decode() + done.stderr.decode(), asked
 
     return run
+
+
+@pytest.fixture
+def unread() -> Iterator[TextIO]:
+    """A pipe whose reader has gone, to write lines to."""
+    read, write = os.pipe()
+    os.close(read)
+    file = os.fdopen(write, "w", buffering=1)
+    yield file
+    with suppress(BrokenPipeError):
+        file.close()

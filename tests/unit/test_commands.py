@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import TextIO, get_args
 
 import pytest
 
@@ -49,6 +49,29 @@ def test_help_does_not_wait_for_jax() -> None:
 def test_export_takes_every_dtype_that_can_be_stored() -> None:
     (dtype,) = [one for one in module_of("export").parser()._actions if one.dest == "dtype"]
     assert tuple(dtype.choices or ()) == get_args(StoredDtype)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["schema"]])
+def test_a_reader_who_goes_ends_a_command_without_a_traceback(words: list[str], unread: TextIO) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxdistill", *words],
+        stdout=unread,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_nobody_reads_is_lost_and_the_work_is_not(
+    unread: TextIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", unread)
+    with logs.speaking("text", silent=False):
+        logs.say(logging.WARNING, "first")
+        logs.say(logging.WARNING, "second")
 
 
 def test_help_says_defaults() -> None:

@@ -3,10 +3,11 @@
 import io
 import json
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -285,6 +286,18 @@ def test_plain_lines_say_the_step_the_headline_and_each_evaluation(tmp_path: Pat
     assert "reverse KL/byte 0.3000" in lines[0] and "coverage 99.0%" in lines[0]
     assert "eval accuracy 50.0%  eval reverse KL/byte ?" in lines[1]
     assert "ETA" in lines[1]
+
+
+def test_a_run_goes_on_where_nobody_reads_how_it_goes(
+    tmp_path: Path, unread: TextIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", unread)
+    with MetricsLog(tmp_path, total_steps=3, progress=True, every=1) as log:
+        for step in range(3):
+            log.log(step, {"loss": 1.0})
+    with pytest.raises(BrokenPipeError):  # it was asked to write
+        print("more", file=unread)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
 
 
 def test_a_terminal_gets_a_bar_with_the_headline(tmp_path: Path) -> None:
