@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxdistill.align.compare import compare, lost_bytes, table
 from jaxdistill.align.page import render_page
 from jaxdistill.align.side import Side
-from jaxdistill.align.texts import RunTexts, Texts, built_in, from_file, from_run
+from jaxdistill.align.texts import RunTexts, Texts, built_in, from_data, from_file, from_run
 from jaxdistill.align.view import printable
 from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.errors import ConfigError
@@ -33,19 +33,24 @@ def parser() -> CommandParser:
         "--text", metavar="FILE", help="a response to align instead of the built-in texts; -: stdin"
     )
     source.add_argument(
+        "--data", type=Path, metavar="FILE", help="align what is said in a run's data (.jsonl, .parquet)"
+    )
+    source.add_argument(
         "--run", type=Path, metavar="DIR", help="align the samples of a run folder, with the run's tokenizers"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every chunk shown")
     return parser
 
 
+def _texts(arguments: argparse.Namespace) -> Texts:
+    if arguments.data is not None:
+        return from_data(arguments.data)
+    return built_in() if arguments.text is None else from_file(arguments.text)
+
+
 def _chosen(arguments: argparse.Namespace) -> RunTexts:
     """The texts and the two paths; what the command line names wins over what a run's config names."""
-    if arguments.run is not None:
-        run = from_run(arguments.run)
-    else:
-        texts: Texts = from_file(arguments.text) if arguments.text is not None else built_in()
-        run = RunTexts(texts, None, None)
+    run = RunTexts(_texts(arguments), None, None) if arguments.run is None else from_run(arguments.run)
     paths = {"student": arguments.student or run.student, "teacher": arguments.teacher or run.teacher}
     for side, path in paths.items():
         if path is None:

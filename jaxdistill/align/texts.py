@@ -1,4 +1,4 @@
-"""What to compare two tokenizers on: the built-in texts, a file, or the responses of a finished run."""
+"""What to compare two tokenizers on: the built-in texts, a file, a run's data, or the responses of a run."""
 
 import json
 import sys
@@ -11,8 +11,11 @@ from typing import Any
 import yaml
 
 from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.records import Message
 
 Texts = Mapping[str, Sequence[bytes]]  # kind of text -> responses of that kind
+
+_ROWS = 1000  # of a file of data
 
 # samples/<kind>.txt, in the order of the table
 KINDS = ("English", "code", "LaTeX", "digits", "Chinese", "Japanese", "emoji", "mixed")
@@ -37,6 +40,29 @@ def from_file(path: str) -> Texts:
     if not content:
         raise DataError(f"{name}: is empty; give a text of at least one byte")
     return {"stdin" if path == "-" else Path(path).name: [content]}
+
+
+def from_data(path: Path) -> Texts:
+    """What is said in the first 1,000 rows of a run's data, by source: a row's reference, without one its
+    answer, without both the last message of its prompt.
+
+    Raises what `read_prompts` does, and `DataError` where no row has text."""
+    from jaxdistill.data import read_prompts  # Grain takes a second to import
+
+    texts: dict[str, list[bytes]] = {}
+    for row in read_prompts(path)[:_ROWS]:
+        said = row.answer if row.response is None else _text(row.response)
+        if content := (_text(row.messages[-1]) if said is None else said).encode("utf-8", "replace"):
+            texts.setdefault(row.source, []).append(content)
+    if not texts:
+        raise DataError(f"{path}: no row has text to align; expected a reference, an answer or a prompt")
+    return texts
+
+
+def _text(message: Message) -> str:
+    """The text of a message, whose content is a string, a list of parts, or nothing beside calls of tools."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ class Display:
 
 def _going_on(step: int, total_steps: int) -> str:
     """What is said of a run that does not begin at step 0."""
-    return f"going on from step {step}" if step < total_steps else f"all {total_steps} steps are done already"
+    if step < total_steps:
+        return f"going on from step {step}"
+    return f"all {total_steps} steps are done already; raise run.steps to go on, or begin anew in another run.dir"
 
 
 class Lines(Display):

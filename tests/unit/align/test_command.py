@@ -18,7 +18,7 @@ from jaxdistill.align import align, alignment_rows
 from jaxdistill.align.__main__ import main
 from jaxdistill.align.compare import compare
 from jaxdistill.align.page import MOST_CHUNKS, render_page
-from jaxdistill.align.texts import built_in
+from jaxdistill.align.texts import built_in, from_data
 from jaxdistill.text import Tokenizer
 
 Browse = Callable[..., tuple[str, list[str]]]
@@ -99,6 +99,28 @@ def test_a_text_may_be_any_bytes_and_may_come_from_stdin(
     assert "stdin" in capsys.readouterr().out
 
 
+def test_of_a_runs_data_what_is_said_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [{"type": "text", "text": "10 "}, {"type": "image"}, {"type": "text", "text": "h"}]
+    rows = [
+        {"messages": [{"role": "user", "content": "no"}], "answer": "no", "response": "10 h"},
+        {"messages": [{"role": "user", "content": "no"}], "answer": "10 h"},
+        {"messages": [{"role": "user", "content": parts}]},
+        {
+            "messages": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "é"}],
+            "source": "b",
+        },
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert from_data(file) == {"mine": [b"10 h"] * 3, "b": ["é".encode()]}
+    assert main([*PAIR, "--data", str(file)]) == 0
+    assert re.search(r"^mine .*\nb ", capsys.readouterr().out, re.MULTILINE)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    file.write_text(json.dumps({"messages": [rows[0]["messages"][0], call]}) + "\n")
+    assert main([*PAIR, "--data", str(file)]) == 2
+    assert "no row has text to align" in capsys.readouterr().err
+
+
 def test_the_word_align_is_the_same_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["align", "--student", "nowhere/at all", "--teacher", "x"]) == 2
     assert "no such folder" in capsys.readouterr().err
@@ -134,6 +156,7 @@ def test_a_runs_samples_by_step_with_its_own_pair(tmp_path: Path, capsys: pytest
         ([*PAIR[:2], "--teacher", "/no/such/folder"], "no such folder"),
         ([*PAIR, "--text", "/no/such/file"], "cannot be read"),
         ([*PAIR, "--text", "/dev/null"], "is empty"),
+        ([*PAIR, "--data", "/no/such/file.jsonl"], "no data file at"),
         ([*PAIR, "--run", "/no/such/run"], "no such file; expected a run folder"),
         ([*PAIR, "--html", "/dev/null/x.html"], "cannot be written"),
     ],
