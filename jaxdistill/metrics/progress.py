@@ -139,7 +139,7 @@ def _going_on(step: int, total_steps: int) -> str:
     """What is said of a run that does not begin at step 0."""
     if step < total_steps:
         return f"going on from step {step}"
-    return f"all {total_steps} steps are done already; raise run.steps to go on, or begin anew in another run.dir"
+    return f"all {total_steps} steps are done already; raise run.steps, or begin anew in another run.dir"
 
 
 class Lines(Display):
@@ -153,7 +153,7 @@ class Lines(Display):
 
     def begin(self, step: int) -> None:
         if step:
-            self._console.print(_going_on(step, self._total), markup=False, highlight=False)
+            self._console.print(_going_on(step, self._total), markup=False, highlight=False, soft_wrap=True)
         # The first step holds the compilations: what it takes says nothing about the others.
         self._first = step + 1
         self._started: float | None = None
@@ -222,7 +222,9 @@ class Terminal(Display):
         self._task = self._bar.add_task("step", total=self._total, completed=min(step, self._total))
         self._bar.start()
         if step:
-            self._bar.console.print(_going_on(step, self._total), markup=False, highlight=False)
+            self._bar.console.print(
+                _going_on(step, self._total), markup=False, highlight=False, soft_wrap=True
+            )
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
         if self._task is None:
