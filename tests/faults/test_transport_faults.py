@@ -1,6 +1,6 @@
 """The HTTP client against a server that fails on schedule and may recover; each test asserts its figure.
 
-Times are scaled down from a run's: a budget of a second stands for one of fifteen minutes. Latencies are
+Times are scaled down from a run's: a budget of seconds stands for one of fifteen minutes. Latencies are
 pauses of the server, so that the figures do not hang on the machine's speed; time in which the machine
 itself stood still is not counted (`stalls.py`).
 """
@@ -47,14 +47,14 @@ def seconds_until_unavailable(stalls: Stalls, work: Callable[[], Any], match: st
 
 def test_accepts_and_never_answers_100_of_100(stalls: Stalls) -> None:
     """Half of the clients meet a server that reads, half a port that nobody reads; ten at a time."""
-    budget = 1.0
+    budget = 3.0
     policy = quick(batch_budget_s=budget, request_timeout_s=30.0)
     took: list[float] = []
 
     def client(url: str) -> None:
         with to(url, policy=policy) as transport:
             work = lambda: score(transport, bodies(2))  # noqa: E731
-            took.append(seconds_until_unavailable(stalls, work, "0 of 2 requests .* within the 1 s"))
+            took.append(seconds_until_unavailable(stalls, work, "0 of 2 requests .* within the 3 s"))
 
     with FaultServer(always(never)) as server, deaf_port() as deaf:
         for _ in range(10):
@@ -79,17 +79,17 @@ def test_a_request_has_its_own_deadline_within_the_budget(stalls: Stalls) -> Non
 
 @pytest.mark.parametrize("fault", [drip(), slow(0.1, status(503)), status(429, b"", Retry_After="60")])
 def test_never_back_ends_within_the_budget(fault: Fault, stalls: Stalls) -> None:
-    policy = quick(batch_budget_s=1.0, request_timeout_s=0.35, backoff_max_s=30.0)
+    policy = quick(batch_budget_s=2.0, request_timeout_s=0.7, backoff_max_s=30.0)
     with FaultServer(always(fault)) as server, to(server, policy=policy) as transport:
         took = seconds_until_unavailable(stalls, lambda: score(transport, bodies(20)), server.url)
-    assert took <= OVERHEAD
+    assert took <= 2.0 * OVERHEAD
 
 
 def test_headers_that_never_end_are_bounded(stalls: Stalls) -> None:
-    policy = quick(batch_budget_s=1.0, request_timeout_s=0.4)
+    policy = quick(batch_budget_s=2.0, request_timeout_s=0.8)
     lines = [b"HTTP/1.1 200 OK\r\n", *(b"X-%d: y\r\n" % number for number in range(100))]
     with raw_server(*lines, pause_s=0.05) as url, to(url, policy=policy) as transport:
-        assert seconds_until_unavailable(stalls, lambda: score(transport, bodies(1)), url) <= OVERHEAD
+        assert seconds_until_unavailable(stalls, lambda: score(transport, bodies(1)), url) <= 2.0 * OVERHEAD
 
 
 # Faults that pass
@@ -139,22 +139,22 @@ def test_dead_for_a_while_then_back(stalls: Stalls) -> None:
 
 
 def test_dead_and_never_back(stalls: Stalls) -> None:
-    policy = quick(batch_budget_s=1.5)
+    policy = quick(batch_budget_s=3.0)
     with FaultServer() as server:
         url = server.url
     with to(url, policy=policy) as transport:
         words = f"0 of 30 .*{url} failed .* in a row, at last with: .*Connect"
         took = seconds_until_unavailable(stalls, lambda: score(transport, bodies(30)), words)
-        assert took <= 1.5 * OVERHEAD
-        assert transport.take_counts()["requests"] < 8 + 8 + 1.5 / 0.3 + 2
+        assert took <= 3.0 * OVERHEAD
+        assert transport.take_counts()["requests"] < 8 + 8 + 3.0 / 0.3 + 2
 
 
 def test_nobody_there_is_unavailable_to_single_requests_too(stalls: Stalls) -> None:
     with FaultServer() as server:
         url = server.url
-    with to(url, policy=quick(start_timeout_s=0.5)) as transport:
+    with to(url, policy=quick(start_timeout_s=2.0)) as transport:
         for work in (lambda: transport.get("/model_info"), lambda: transport.post("/x", {}, endpoint=url)):
-            assert seconds_until_unavailable(stalls, work, url) <= 0.5 * OVERHEAD
+            assert seconds_until_unavailable(stalls, work, url) <= 2.0 * OVERHEAD
 
 
 @pytest.mark.parametrize("fault", [status(503), reset, never])
@@ -177,7 +177,7 @@ def test_a_bad_replica_is_left_out_while_the_other_works(fault: Fault) -> None:
 
 def test_a_deaf_replica_costs_one_deadline_once(stalls: Stalls) -> None:
     """Batches of 6 one after another, each small enough for nothing to be known about its like at first."""
-    deadline, usual = 1.5, 0.05
+    deadline, usual = 1.5, 0.1
     policy = quick(request_timeout_s=deadline, breaker_probe_s=0.02, hedge_share=0.0)
     took: list[float] = []
     with (
