@@ -154,26 +154,29 @@ def share(total: int) -> range:
     return range(index(), total, count())
 
 
-def gather(what: str, value: Any) -> list[Any]:
+def gather(what: str, value: Any, *, longer_s: float = 0.0) -> list[Any]:
     """The `value` of every process, in their order; values are what JSON can hold, `what` says in words what
-    is being waited for. Raises `ProcessError` naming the processes that did not come in time."""
+    is being waited for. Raises `ProcessError` naming the processes that did not come within
+    `run.barrier_timeout_s`, and `longer_s` where one of them alone has something to wait for so long."""
     if count() == 1:
         return [value]
     client: Any = global_state.client
     _Joined.calls += 1
     folder = f"jaxdistill/{_Joined.calls}/"
     client.key_value_set(f"{folder}{index()}", json.dumps(value))
+    timeout_s = _Joined.timeout_s + longer_s
     try:
-        client.wait_at_barrier("jaxdistill", int(_Joined.timeout_s * 1000))
+        client.wait_at_barrier("jaxdistill", int(timeout_s * 1000))
     except JaxRuntimeError as error:
         came = client.key_value_dir_get(folder)
         missing = _named(set(range(count())) - {_number(key) for key, _ in came})
         if not missing:
             raise
+        more = f" and {longer_s:g} s" if longer_s else ""
         raise ProcessError(
-            f"{missing} did not come to {what} within run.barrier_timeout_s={_Joined.timeout_s:g} s: dead, "
-            f"stuck, or slower than that; process {index()} ends. Look at its log, and run the same command "
-            "again to go on from the last checkpoint"
+            f"{missing} did not come to {what} within run.barrier_timeout_s={_Joined.timeout_s:g} s{more}: "
+            f"dead, stuck, or slower than that; process {index()} ends. Look at its log, and run the same "
+            "command again to go on from the last checkpoint"
         ) from error
     found = {_number(key): json.loads(text) for key, text in client.key_value_dir_get(folder)}
     # All are past the one before: nobody reads it any more.
@@ -183,8 +186,8 @@ def gather(what: str, value: Any) -> list[Any]:
 
 
 @contextmanager
-def together(what: str, stop: Stop | None = None) -> Iterator[None]:
-    """Work each process does for itself, which ends in the same way for all.
+def together(what: str, stop: Stop | None = None, *, longer_s: float = 0.0) -> Iterator[None]:
+    """Work each process does for itself, which ends in the same way for all; `longer_s` as in `gather`.
 
     What one raises all raise: the same kind of error where it is one of ours, with the number of the process
     in its message, else `ProcessError`. Where any was asked to `stop`, all raise `Stopped`. No program over
@@ -202,7 +205,7 @@ def together(what: str, stop: Stop | None = None) -> Iterator[None]:
         if not isinstance(error, JaxDistillError):
             logger.error("process %d: %s: %s", index(), type(error).__name__, error)
     reason = None if stop is None else stop.reason
-    said = gather(what, [failure and [type(failure).__name__, str(failure)], reason])
+    said = gather(what, [failure and [type(failure).__name__, str(failure)], reason], longer_s=longer_s)
     if failure is not None:
         raise failure
     for number, (failed, _) in enumerate(said):

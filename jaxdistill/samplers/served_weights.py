@@ -46,8 +46,10 @@ class ServedWeights:
             self._make_room()
         with processes.watched(f"the writing of the weights of version {version}"):
             self._write(params, self._path(version))
-        if processes.leads():
-            self._tell(version)
+        loading = f"the loading of the weights of version {version} by the servers"
+        with processes.together(loading, longer_s=self._transport.policy.start_timeout_s):
+            if processes.leads():
+                self._tell(version)
         self.version = version
 
     def push_again(self, endpoint: str) -> None:

@@ -26,6 +26,7 @@ class Service:
     def __init__(self, others: dict[int, Any]):
         self.others = others
         self.keys: dict[str, str] = {}
+        self.waited_s: list[float] = []
 
     def key_value_set(self, key: str, value: str) -> None:
         self.keys[key] = value
@@ -39,6 +40,7 @@ class Service:
         del self.keys[key]
 
     def wait_at_barrier(self, name: str, timeout_ms: int) -> None:
+        self.waited_s.append(timeout_ms / 1000)
         if len(self.others) < 2:
             raise JaxRuntimeError("DEADLINE_EXCEEDED")
 
@@ -180,15 +182,22 @@ def test_an_evaluation_ends_alike_where_one_gets_no_responses(second):
 
 
 def test_the_others_are_not_met_before_the_first_push(second, tmp_path):
-    """One whose sampler cannot even be made would be waited for."""
+    """One whose sampler cannot even be made would be waited for. And who has told the servers is waited for
+    as long as they may take."""
     service = second({0: "ab", 2: "cd"})
     written = []
-    settings = SGLangSamplerConfig(endpoint="http://127.0.0.1:1", weights=tmp_path)
+
+    def write(_, path):
+        written.append(path)
+        service.others = {0: [None, None], 2: [None, None]}
+
+    settings = SGLangSamplerConfig(endpoint="http://127.0.0.1:1", weights=tmp_path, start_timeout_s=900)
     transport = Transport(SAMPLER, settings.endpoints, Policy.of(settings))
-    weights = ServedWeights(transport, tmp_path, lambda _, path: written.append(path))
+    weights = ServedWeights(transport, tmp_path, write)
     assert not service.keys
     weights.push(None, 3)
     transport.close()
+    assert service.waited_s == [600, 600 + 900]
     assert written == [tmp_path / "version-3"] and weights.version_of("ab.3") == 3
 
 
