@@ -112,7 +112,7 @@ def assemble(config: RunConfig, stop: Stop | None = None, allowed: Collection[st
             samplers["teacher"] = TeacherSampler(
                 teachers, inputs.tokenizer, config.rollout, seed=config.run.seed
             )
-        sampler = MixedSampler(samplers, config.origin_schedule)
+        sampler = MixedSampler(samplers, config.origin_schedule, padded=isinstance(policy, LocalSampler))
         checkpoints = Checkpoints(folder, config.checkpoint)
         stack.callback(checkpoints.close)
         collector = Collector(

@@ -73,16 +73,20 @@ class Schedule:
 class MixedSampler:
     """The samplers of all origins as one; `samplers` has one for each origin that ever has a share.
 
+    With `padded` the student is asked for its largest number of prompts in each step, and what is too much is
+    dropped: one compiled program serves all of them. Servers need no such thing.
+
     A reference, and a text of the teacher, is one row that stands for the N samples the student would have
     made: copies would cost N times as much and say nothing more.
     """
 
-    def __init__(self, samplers: Mapping[Origin, Sampler], schedule: Schedule):
+    def __init__(self, samplers: Mapping[Origin, Sampler], schedule: Schedule, *, padded: bool = True):
         missing = [name for name in ORIGINS if schedule.shares.most(name) and name not in samplers]
         if missing:
             raise ValueError(f"got no sampler for {missing}, which the schedule has shares for")
         self.samplers = samplers
         self.schedule = schedule
+        self._padded = padded
 
     def sample(self, prompts: Sequence[Prompt], step: int, *, samples: int | None = None) -> list[Rollout]:
         """The step's responses to this process's share, in the prompts' order; `samples` is for the student.
@@ -99,8 +103,7 @@ class MixedSampler:
             if not places:
                 continue
             asked = [prompts[place] for place in places]
-            if origin == "student":
-                # One program serves all steps: their number of prompts changes, what is compiled may not.
+            if origin == "student" and self._padded:
                 asked += asked[:1] * (self.schedule.most_students - len(asked))
             made = sampler.sample(asked, step, samples=samples)
             numbers = processes.share(len(asked))

@@ -151,6 +151,13 @@ def test_rows_come_in_the_prompts_order_and_weigh_as_their_prompts_do() -> None:
         assert batch.weight.sum() == 24
     assert {len(asked) for asked in student.asked} == {6}  # one program, whatever the share is
     assert len(student.asked) == 8  # and none where nobody is left to ask
+    made = [sampler.sample(prompts, step) for step in range(9)]
+    student.asked.clear()
+    bare = MixedSampler({"student": student, "reference": references}, schedule, padded=False)
+    for step, rollouts in enumerate(made):
+        assert [r.response.text for r in bare.sample(prompts, step)] == [r.response.text for r in rollouts]
+    shares = [schedule.choose(step).count("student") for step in range(9)]
+    assert [len(asked) for asked in student.asked] == [share for share in shares if share]
     sampler.push(None, 3)
     assert student.pushed == [3]
 
