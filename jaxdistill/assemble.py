@@ -19,13 +19,14 @@ from jax.sharding import Mesh
 from jaxdistill.batch import Batch
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.collect import Collector
+from jaxdistill.compiles import CompileCounter
 from jaxdistill.config import dump
 from jaxdistill.errors import ConfigError
 from jaxdistill.evaluation import Evaluator, References, StudentLogprobs
 from jaxdistill.inputs import Inputs, Student, read_inputs
 from jaxdistill.loop import Run
 from jaxdistill.manifest import check_texts, count_parameters, write_manifest
-from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, SampleLog, Stopwatch, make_trackers
+from jaxdistill.metrics import MetricsLog, RowFile, SampleLog, Stopwatch, make_trackers
 from jaxdistill.model_folders import model_folder
 from jaxdistill.optimizer import learning_rate, make_optimizer
 from jaxdistill.packing import lengthened

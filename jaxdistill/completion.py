@@ -10,7 +10,6 @@ import shtab
 
 from jaxdistill.cli import WORDS, CommandParser, exit_code_of, module_of
 from jaxdistill.config import keys
-from jaxdistill.run_config import RunConfig
 
 # Bash ends a word at `=`: what comes behind is a value, a path perhaps, and a setting wants no space there.
 _BASH = """
@@ -64,6 +63,8 @@ def script(shell: str) -> str:
 
 def _marks() -> dict[Any, Any]:
     """An argument's metavar, and what it is completed with, in shtab's terms."""
+    from jaxdistill.run_config import RunConfig  # not above: it loads jax, which `--help` needs none of
+
     known = keys(RunConfig)
     settings = [f"{key}=" for key, section in known if not section]
     return {

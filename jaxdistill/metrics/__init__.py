@@ -1,6 +1,5 @@
-"""What a run records about itself: metrics, samples, progress, and compilations."""
+"""What a run records about itself: metrics, samples, progress and times."""
 
-from jaxdistill.metrics.compiles import CompileCounter
 from jaxdistill.metrics.log import MetricsLog
 from jaxdistill.metrics.rows import RowFile, read_rows, write_atomically
 from jaxdistill.metrics.samples import Sample, SampleLog
@@ -9,7 +8,6 @@ from jaxdistill.metrics.trackers import SERVICES, TensorBoard, check_installed, 
 
 __all__ = [
     "SERVICES",
-    "CompileCounter",
     "MetricsLog",
     "RowFile",
     "Sample",

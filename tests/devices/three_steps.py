@@ -15,9 +15,9 @@ import optax
 from flax import nnx
 
 from jaxdistill.batch import Batch
+from jaxdistill.compiles import CompileCounter
 from jaxdistill.losses import head
 from jaxdistill.losses.reverse_kl import ReverseKL, ReverseKLConfig
-from jaxdistill.metrics import CompileCounter
 from jaxdistill.optimizer import OptimizerConfig, make_optimizer
 from jaxdistill.parallel import MeshConfig, make_mesh, param_shardings, place_batch
 from jaxdistill.parallel.rules import rows_sharding

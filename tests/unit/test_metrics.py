@@ -18,8 +18,9 @@ from jax import numpy as jnp
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from jaxdistill.compiles import CompileCounter
 from jaxdistill.errors import DataError
-from jaxdistill.metrics import CompileCounter, MetricsLog, RowFile, Sample, SampleLog, TensorBoard, read_rows
+from jaxdistill.metrics import MetricsLog, RowFile, Sample, SampleLog, TensorBoard, read_rows
 from jaxdistill.metrics.progress import display, duration, headline, stages, teacher_health
 
 

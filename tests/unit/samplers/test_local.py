@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdistill.metrics import CompileCounter
+from jaxdistill.compiles import CompileCounter
 from jaxdistill.samplers import Generator, decoding, sampling_params
 from jaxdistill.students import Decoder, parse_config
 
