@@ -3,9 +3,10 @@
 import difflib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
-from jaxdistill.cli import WORDS, exit_code_of, module_of
+from jaxdistill.cli import WORDS, ended, exit_code_of, module_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         close = difflib.get_close_matches(word, list(WORDS), n=1)
         said = f"unknown command '{word}', {choice}" + (f"; did you mean '{close[0]}'?" if close else "")
-    print(f"jaxdistill: {said}; `jaxdistill --help` says what each does", file=sys.stderr)
-    return 2
+    with suppress(BrokenPipeError):
+        print(f"jaxdistill: {said}; `jaxdistill --help` says what each does", file=sys.stderr)
+    return ended(2)
 
 
 def _help() -> str:
@@ -40,7 +42,8 @@ def _help() -> str:
             *lines,
             "",
             "`jaxdistill WORD --help` says more, `jaxdistill train --config FILE --explain a.b.c` explains",
-            "a setting. Exit codes: 0 done, 2 a mistake in what was given, 75 try again later, 1 else.",
+            "a setting. Exit codes: 0 done, 2 a mistake in what was given, 75 try again later,",
+            "130 interrupted, 141 nobody read the result, 1 else.",
         ]
     )
 

@@ -5,8 +5,6 @@ import difflib
 import errno
 import importlib
 import logging
-import os
-import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -73,6 +71,12 @@ class CommandParser(argparse.ArgumentParser):
         self._given = sys.argv[1:] if argv is None else argv
         return self.parse_intermixed_args(self._given)
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End with `status`, behind `message` on stderr; `UNREAD` where nobody reads the help to its end."""
+        if message:
+            self._print_message(message, sys.stderr)
+        sys.exit(ended(status))
+
     def error(self, message: str) -> NoReturn:
         """End with `message` in one line on stderr, and exit code 2."""
         known = list(self._option_string_actions)
@@ -109,40 +113,41 @@ def exit_code_of(body: Callable[[], object], arguments: Any = None, *, after_sto
     """
     style: logs.Format = "text" if arguments is None else arguments.log_format
     with logs.speaking(style, silent=arguments is not None and arguments.quiet):
-        try:
-            body()
-            print(end="", flush=True)  # a reader who has gone is met here, not when Python ends
-        except JaxDistillError as error:
-            logs.say_error(error, error.exit_code)
-            return error.exit_code
-        except Stopped as stopped:
-            logs.say_error(stopped, stopped.exit_code, f"{stopped}{after_stop}")
-            return stopped.exit_code
-        except KeyboardInterrupt as error:
-            logs.say_error(error, INTERRUPTED, "interrupted")
-            return INTERRUPTED
-        except Exception as error:
-            if isinstance(error, BrokenPipeError) and _nobody_reads():
-                return UNREAD
-            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-                where = error.filename or "a file"
-                logs.say_error(
-                    error, BUG, f"{where}: {error.strerror}; mend that, and run the same command again"
-                )
-                return BUG
-            if not logs.as_json():
-                raise
-            logging.getLogger(__name__).critical("%s: %s", type(error).__name__, error, exc_info=error)
+        return ended(_outcome(body, after_stop))
+
+
+def ended(code: int) -> int:
+    """The code to end with when all is written, or forgotten where its reader has gone: `UNREAD` in the place
+    of 0 where that was a result."""
+    logs.flushed(sys.stderr)
+    return code if logs.flushed(sys.stdout) or code else UNREAD
+
+
+def _outcome(body: Callable[[], object], after_stop: str) -> int:
+    """See `exit_code_of`."""
+    try:
+        body()
+    except JaxDistillError as error:
+        logs.say_error(error, error.exit_code)
+        return error.exit_code
+    except Stopped as stopped:
+        logs.say_error(stopped, stopped.exit_code, f"{stopped}{after_stop}")
+        return stopped.exit_code
+    except KeyboardInterrupt as error:
+        logs.say_error(error, INTERRUPTED, "interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and logs.unread(sys.stdout):
+            logs.forget(sys.stdout)
+            return UNREAD
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            where = error.filename or "a file"
+            logs.say_error(
+                error, BUG, f"{where}: {error.strerror}; mend that, and run the same command again"
+            )
             return BUG
+        if not logs.as_json():
+            raise
+        logging.getLogger(__name__).critical("%s: %s", type(error).__name__, error, exc_info=error)
+        return BUG
     return 0
-
-
-def _nobody_reads() -> bool:
-    """Whether stdout is a pipe whose reader has gone; what is still to be written there then goes nowhere."""
-    asked = select.poll()
-    asked.register(sys.stdout.fileno(), 0)
-    gone = any(event & select.POLLERR for _, event in asked.poll(0))
-    if gone:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    return gone

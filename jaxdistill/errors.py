@@ -24,11 +24,13 @@ class DataError(JaxDistillError, ValueError):
 
 
 class TooLongError(DataError):
-    """A row of the data with more tokens than the run has room for, `by` so many."""
+    """A row of the data with more tokens than the run has room for: `by` so many more than the setting
+    (or the sum of some) that `limit` names."""
 
-    def __init__(self, message: str, by: int):
+    def __init__(self, message: str, *, by: int = 0, limit: str = ""):
         super().__init__(message)
         self.by = by
+        self.limit = limit
 
 
 class AlignmentError(DataError):

@@ -271,19 +271,19 @@ def fitting(
     Raises `DataError` where there are others and `rollout.too_long` says "stop", `ConfigError` where leaving
     them out leaves fewer than `least`, and what else the checks raise.
     """
-    kept, left_out, excess = [], [], []
+    kept, left_out = [], []
+    worst: dict[str, TooLongError] = {}  # of each limit, which a setting of its own would raise
     for row in rows:
-        try:
-            for check in checks:
-                check(row)
-        except TooLongError as error:
-            left_out.append(LeftOut(path, row, str(error)))
-            excess.append(error.by)
+        found = [error for check in checks if (error := _too_long(check, row)) is not None]
+        for error in found:
+            worst[error.limit] = max(worst.get(error.limit, error), error, key=lambda one: one.by)
+        if found:
+            left_out.append(LeftOut(path, row, str(found[0])))
         else:
             kept.append(row)
     if not left_out:
         return kept, left_out
-    longest = left_out[excess.index(max(excess))].detail
+    longest = "; ".join(map(str, worst.values()))
     what = f"{len(left_out)} of {len(rows)} rows are longer than there is room for, the longest: {longest}"
     if rollout.too_long == "stop":
         raise DataError(
@@ -298,6 +298,14 @@ def fitting(
     if processes.leads():
         logger.warning(what)
     return kept, left_out
+
+
+def _too_long(check: Callable[[Prompt], Any], row: Prompt) -> TooLongError | None:
+    try:
+        check(row)
+    except TooLongError as error:
+        return error
+    return None
 
 
 def read_heldout(config: RunConfig, tokenizer: Tokenizer) -> Heldout:

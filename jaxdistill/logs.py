@@ -6,6 +6,8 @@ looks. Results (a table, a path, a plan) are no part of it: they are what was as
 
 import json
 import logging
+import os
+import select
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -86,16 +88,58 @@ def say_error(error: BaseException, exit_code: int, message: str | None = None) 
     say(logging.ERROR, said, error=type(error).__name__, exit_code=exit_code)
 
 
+def tell(result: str) -> None:
+    """Print a result that nobody has to read: where stdout has no reader any more it is lost."""
+    try:
+        print(result, flush=True)
+    except BrokenPipeError:
+        forget(sys.stdout)
+
+
+def flushed(stream: Any) -> bool:
+    """Whether all that was written to `stream` has come through; if not, its reader has gone, and what is
+    left for it is forgotten."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except BrokenPipeError:
+        forget(stream)
+        return False
+    return True
+
+
+def unread(stream: Any) -> bool:
+    """Whether `stream` is a pipe or a socket whose reader has gone."""
+    asked = select.poll()
+    with suppress(OSError, ValueError):  # of what is no stream of the system's nothing is asked
+        if stream is not None:
+            asked.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+
+
+def forget(stream: Any) -> None:
+    """From now on what is written to `stream`, or still held by it, goes nowhere: Python would try again to
+    write it at the very end, and end with 120 for that."""
+    with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        if stream is not None:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 class _Handler(logging.Handler):
     """Writes to whatever stderr is at that moment: a live display puts itself in its place. Where nobody
     reads it any more what is said is lost, not what was being done."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr
+        if stream is None:  # it was closed before Python began
+            return
         said = self.format(record)
-        with suppress(BrokenPipeError):
+        try:
             # One write a line, so that the lines of several processes do not end up in each other.
-            sys.stderr.write(said + "\n")
-            sys.stderr.flush()
+            stream.write(said + "\n")
+            stream.flush()
+        except BrokenPipeError:
+            forget(stream)
 
 
 class _Text(logging.Formatter):

@@ -87,11 +87,11 @@ def train(run: Run) -> TrainState:
             with run.stop.at_once():
                 collected = run.batches.take(step)
             set_aside(run, step, collected.rollouts, collected.scored)
-            if step == first:
-                warn_of_cut(step, collected.rollouts)
             # Saving went on beside all that; no step is made before it is whole, so that a kill at any time
             # costs at most one interval.
             run.checkpoints.settle()
+        if step == first:
+            warn_of_cut(step, collected.rollouts)
         batch = run.place(collected.batch)
         with (
             processes.together(f"the update of step {step}"),
@@ -175,16 +175,18 @@ def set_aside(run: Run, step: int, rollouts: Sequence[Rollout], scored: Scored |
 
 
 def warn_of_cut(step: int, rollouts: Sequence[Rollout]) -> None:
-    """Say where no response of the student ended by itself: it learns nothing of how one ends, a scorer gives
-    all of them 0."""
+    """Say where no response of the student ended by itself, in any process: it learns nothing of how one
+    ends, and a scorer gives all of them 0."""
     own = [one for one in rollouts if one.origin == "student"]
-    if own and not any(one.finished for one in own) and processes.leads():
+    counts = [len(own), sum(one.finished for one in own), max((len(one.response) for one in own), default=0)]
+    made, finished, longest = zip(*processes.gather("the ends of the responses", counts), strict=True)
+    if sum(made) and not sum(finished) and processes.leads():
         logger.warning(
             "step %d: none of the student's %d responses ended by itself, all were cut at "
             "rollout.max_new_tokens=%d; if it is to end its turns, raise that",
             step,
-            len(own),
-            max(len(one.response) for one in own),
+            sum(made),
+            max(longest),
         )
 
 

@@ -161,7 +161,7 @@ def advice(run: Shapes, memory: StepMemory, sampling: SamplingMemory, room: int 
 def _helping(savings: Iterable[tuple[str, int]], lacking: float) -> list[str]:
     """Those settings that save a hundredth of what is `lacking` or more, the best first."""
     helping = sorted(((saved, what) for what, saved in savings if saved >= lacking / 100), reverse=True)
-    lines = [f"  {what}: {size(saved)}{', enough' if saved >= lacking else ''}" for saved, what in helping]
+    lines = [f"  {what}: {size(saved)}" for saved, what in helping]
     if not helping or helping[0][0] < lacking:
         lines.append(f"  none of them is enough alone: {size(lacking)} is lacking")
     return lines

@@ -143,7 +143,7 @@ def run(
             if processes.leads() and (config.run.dir / "metrics.jsonl").is_file():
                 page = write_report(config.run.dir)
                 if not logs.quiet():
-                    print(f"report: {page}")
+                    logs.tell(f"report: {page}")  # a reader who has gone is no failure of the run
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def dry_run(name: str, *overrides: str, memory: float | None = None) -> Plan:
         step=_size(text, "a step takes"),
         sampling=_size(text, "; sampling"),
         room=0.9 * given,
-        fits=done.returncode == 0,
+        fits="\n  fits into the" in text,
         text=found + text,
     )
 

@@ -3,12 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jaxdistill.align.compare import compare, lost_bytes, table
 from jaxdistill.align.page import render_page
 from jaxdistill.align.side import Side
-from jaxdistill.align.texts import RunTexts, Texts, built_in, from_data, from_file, from_run
+from jaxdistill.align.texts import RunTexts, built_in, from_data, from_file, from_run
 from jaxdistill.align.view import printable
 from jaxdistill.cli import CommandParser, exit_code_of
 from jaxdistill.errors import ConfigError
@@ -16,10 +17,6 @@ from jaxdistill.errors import ConfigError
 NOTE = (
     "Shares are of student tokens, coverage of bytes; token counts are student : teacher.\n"
     "M tok/s: millions of student tokens a second, the alignment alone on one core."
-)
-RUN_NOTE = (
-    "The run keeps its samples as text: they are encoded anew here by the student's tokenizer, which need\n"
-    "not be how the student sampled them."
 )
 
 
@@ -42,15 +39,17 @@ def parser() -> CommandParser:
     return parser
 
 
-def _texts(arguments: argparse.Namespace) -> Texts:
+def _given(arguments: argparse.Namespace) -> RunTexts:
+    if arguments.run is not None:
+        return from_run(arguments.run)
     if arguments.data is not None:
         return from_data(arguments.data)
-    return built_in() if arguments.text is None else from_file(arguments.text)
+    return RunTexts(built_in() if arguments.text is None else from_file(arguments.text), None, None)
 
 
 def _chosen(arguments: argparse.Namespace) -> RunTexts:
     """The texts and the two paths; what the command line names wins over what a run's config names."""
-    run = RunTexts(_texts(arguments), None, None) if arguments.run is None else from_run(arguments.run)
+    run = _given(arguments)
     paths = {"student": arguments.student or run.student, "teacher": arguments.teacher or run.teacher}
     for side, path in paths.items():
         if path is None:
@@ -59,12 +58,11 @@ def _chosen(arguments: argparse.Namespace) -> RunTexts:
                 f"--{side} is missing and {where}; give a folder with tokenizer.json, or a hub id"
             )
     # Another tokenizer than the run's has roles of its own.
-    return RunTexts(
-        run.texts,
-        paths["student"],
-        paths["teacher"],
-        {} if arguments.student else run.student_roles,
-        {} if arguments.teacher else run.teacher_roles,
+    return replace(
+        run,
+        **paths,
+        student_roles={} if arguments.student else run.student_roles,
+        teacher_roles={} if arguments.teacher else run.teacher_roles,
     )
 
 
@@ -84,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
     student = Side.load(chosen.student, chosen.student_roles)
     teacher = Side.load(chosen.teacher, chosen.teacher_roles)
     rows = compare(student.tokenizer, teacher.tokenizer, chosen.texts)
-    notes = [*lost_bytes(rows), *([RUN_NOTE] if arguments.run else [])]
+    notes = [*lost_bytes(rows), *filter(None, [chosen.note])]
     lines = [*student.lines("student"), *teacher.lines("teacher")]
     print(printable("\n".join([*lines, "", table(rows), "", NOTE, *notes])))
     if arguments.html is not None:

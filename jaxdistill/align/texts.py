@@ -16,6 +16,10 @@ from jaxdistill.records import Message
 Texts = Mapping[str, Sequence[bytes]]  # kind of text -> responses of that kind
 
 _ROWS = 1000  # of a file of data
+_OF_A_RUN = (
+    "The run keeps its samples as text: they are encoded anew here by the student's tokenizer, which need\n"
+    "not be how the student sampled them."
+)
 
 # samples/<kind>.txt, in the order of the table
 KINDS = ("English", "code", "LaTeX", "digits", "Chinese", "Japanese", "emoji", "mixed")
@@ -42,32 +46,36 @@ def from_file(path: str) -> Texts:
     return {"stdin" if path == "-" else Path(path).name: [content]}
 
 
-def from_data(path: Path) -> Texts:
-    """What is said in the first 1,000 rows of a run's data, by source: a row's reference, without one its
-    answer, without both the last message of its prompt.
+def from_data(path: Path) -> "RunTexts":
+    """What is said in at most 1,000 rows, spread over a run's data, by source. Of a row its reference; where
+    that has no text its answer, or else the last message of its prompt.
 
     Raises what `read_prompts` does, and `DataError` where no row has text."""
     from jaxdistill.data import read_prompts  # Grain takes a second to import
 
+    rows = read_prompts(path)
     texts: dict[str, list[bytes]] = {}
-    for row in read_prompts(path)[:_ROWS]:
-        said = row.answer if row.response is None else _text(row.response)
-        if content := (_text(row.messages[-1]) if said is None else said).encode("utf-8", "replace"):
-            texts.setdefault(row.source, []).append(content)
+    for row in rows[:: -(-len(rows) // _ROWS)]:
+        text = _text(row.response) or row.answer or _text(row.messages[-1])
+        if text:
+            texts.setdefault(row.source, []).append(text.encode("utf-8", "replace"))
     if not texts:
         raise DataError(f"{path}: no row has text to align; expected a reference, an answer or a prompt")
-    return texts
+    said = sum(map(len, texts.values()))
+    return RunTexts(texts, None, None, note=f"These are the words of {said:,} of {len(rows):,} rows.")
 
 
-def _text(message: Message) -> str:
+def _text(message: Message | None) -> str:
     """The text of a message, whose content is a string, a list of parts, or nothing beside calls of tools."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    content = (message or {}).get("content") or ""
+    parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 @dataclass(frozen=True)
 class RunTexts:
-    """The responses of a run's samples.jsonl by step, and the tokenizers its config.yaml names.
+    """The responses of a run's samples.jsonl by step, and the tokenizers its config.yaml names; or other
+    texts, and no tokenizers. `note`: what is to be said of the texts.
 
     Paths stand as the configuration wrote them: relative to where the run was started.
     """
@@ -77,6 +85,7 @@ class RunTexts:
     teacher: str | None
     student_roles: Mapping[str, str] = field(default_factory=dict)
     teacher_roles: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 def from_run(run_dir: Path) -> RunTexts:
@@ -112,6 +121,7 @@ def from_run(run_dir: Path) -> RunTexts:
         teacher.get("tokenizer") or teacher.get("model"),
         student.get("roles") or {},
         teacher.get("roles") or {},
+        _OF_A_RUN,
     )
 
 

@@ -1,6 +1,7 @@
 """What a run shows while it goes: a bar on a terminal, plain lines anywhere else, objects for programs."""
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,7 @@ class _Stderr(Console):
         super().__init__(stderr=True)
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
+        logs.forget(sys.stderr)
 
 
 class Display:
@@ -176,6 +177,10 @@ class Objects(Display):
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
+
+    def begin(self, step: int) -> None:
+        if step:
+            logs.say(logging.INFO, _going_on(step, self._total), step=step, steps=self._total)
 
     def complete(self, step: int, row: Mapping[str, Any]) -> None:
         metrics = {name: jsonable(value) for name, value in row.items() if name != "step"}

@@ -29,7 +29,9 @@ from jaxdistill.stopping import Stop, Stopped
 logger = logging.getLogger(__name__)
 
 _JOIN_S = 300  # for a job's processes to start
-_MARGIN_S = 60  # JAX ends a process without a word of ours; it shall be later than we are
+# JAX ends a process that lost another one without a word of ours; where each waits for all alike, it shall be
+# later than we are.
+_MARGIN_S = 60
 _ROLL_CALL_S = 10
 _VARIABLES = ("JAXDISTILL_COORDINATOR", "JAXDISTILL_PROCESSES", "JAXDISTILL_PROCESS")
 _FLAGS = ("--coordinator", "--processes", "--process")
@@ -273,7 +275,7 @@ def abandoning() -> Iterator[None]:
 
 def _abandon(error: ProcessError) -> NoReturn:
     logs.say_error(error, error.exit_code)
-    sys.stdout.flush()
+    logs.flushed(sys.stdout)
     os._exit(error.exit_code)
 
 

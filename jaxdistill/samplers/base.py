@@ -144,5 +144,6 @@ def render_prompt(tokenizer: Tokenizer, prompt: Prompt, config: RolloutConfig) -
             f"{prompt.where}: the prompt has {len(ids)} student tokens, more than "
             f"rollout.max_prompt_tokens={config.max_prompt_tokens}",
             by=len(ids) - config.max_prompt_tokens,
+            limit="rollout.max_prompt_tokens",
         )
     return ids

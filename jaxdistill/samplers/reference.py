@@ -66,6 +66,7 @@ class ReferenceSampler:
                 f"{where}: the chat has {stop} student tokens up to the end of its last turn, more than "
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}",
                 by=stop - longest,
+                limit="rollout.max_prompt_tokens + rollout.max_new_tokens",
             )
         stop = min(stop, longest)
         return Rollout(

@@ -86,7 +86,7 @@ def test_a_run_that_leaves_rows_out_is_the_run_on_the_others(train, served, tmp_
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ((), "2 of 5 rows are longer than there is room for, the longest: /"),
+        ((), "train.jsonl line 2: the prompt has 60 student tokens, more than rollout.max_prompt_tokens=32"),
         (("rollout.too_long=drop", "data.prompts_per_step=4"), "3 that remain are too few"),
         (("rollout.too_long=drop", "rollout.max_prompt_tokens=8"), "0 that remain are too few"),
         (("rollout.too_long=cut",), "rollout.too_long"),

@@ -56,6 +56,12 @@ MISTAKES = [
         f"train --config {QUICKSTART} --device-memory 8",
         ("--device-memory goes with --dry-run",),
     ),
+    train(
+        "a plan for too small a device",
+        "--dry-run --device-memory 0.001 data.prompts_per_step=2 rollout.max_new_tokens=4 eval.path=null",
+        "does NOT FIT into the memory of a device",
+        "this would not run",
+    ),
     Mistake(
         "half a place among processes",
         f"train --config {QUICKSTART} --coordinator host0:1",
@@ -523,9 +529,13 @@ def check(result: Finished, code: int, said: tuple[str, ...]) -> None:
 
 
 def each() -> list[Any]:
-    """The mistakes as parameters; a teacher has to be started for one that is about its answers."""
+    """The mistakes as parameters; a teacher has to be started for one that is about its answers, and programs
+    compiled for a plan."""
+    slow = ("{served}", "--dry-run")
     return [
-        pytest.param(one, id=one.name, marks=[pytest.mark.slow] if "{served}" in one.line else [])
+        pytest.param(
+            one, id=one.name, marks=[pytest.mark.slow] if any(word in one.line for word in slow) else []
+        )
         for one in MISTAKES
     ]
 
@@ -534,7 +544,8 @@ def each() -> list[Any]:
 def test_a_mistake_is_one_screen_that_names_place_and_remedy(
     mistake: Mistake, made: Callable[[str], str], tmp_path: Path
 ) -> None:
-    result = call(*made(mistake.line).split())
+    # What is compiled must be what users compile: apart from the checks of types that go on here.
+    result = (apart if "--dry-run" in mistake.line else call)(*made(mistake.line).split())
     check(result, mistake.code, tuple(map(made, mistake.said)))
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists(), "nothing was written"
 

@@ -4,13 +4,14 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import Any, TextIO, get_args
 
 import pytest
 
@@ -52,27 +53,64 @@ def test_export_takes_every_dtype_that_can_be_stored() -> None:
     assert tuple(dtype.choices or ()) == get_args(StoredDtype)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["schema"]])
+def apart(code: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own that writes as users' do, when a buffer is full or at the end."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.run(command, **piped, text=True, cwd=ROOT, env=environment, check=False, timeout=60)
+
+
+COMMAND = "import sys; from jaxdistill.__main__ import main; sys.exit(main({words}))"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["schema"], ["train", "--help"]])
 def test_a_reader_who_goes_ends_a_command_without_a_traceback(words: list[str], unread: TextIO) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxdistill", *words],
-        stdout=unread,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=60,
-    )
+    done = apart(COMMAND.format(words=words), stdout=unread)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_what_nobody_reads_is_lost_and_the_work_is_not(
-    unread: TextIO, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("words", [["nope"], ["train", "--nope"], ["train", "--config", "nope"]])
+def test_who_goes_changes_no_exit_code_of_a_mistake(words: list[str], stream: str, unread: TextIO) -> None:
+    assert apart(COMMAND.format(words=words), **{stream: unread}).returncode == 2
+
+
+STOPPED = """
+import logging, sys
+from pathlib import Path
+from jaxdistill import logs
+from jaxdistill.cli import exit_code_of
+from jaxdistill.metrics import MetricsLog
+from jaxdistill.stopping import Stopped
+
+{streams}
+def body():
+    with MetricsLog(Path("{folder}"), total_steps=2, progress=True, every=1) as log:
+        for step in range(2):
+            log.log(step, {{"loss": 1.0}})
+            logs.say(logging.WARNING, "said")
+    logs.tell("report: here")
+    {after}
+
+sys.exit(exit_code_of(body))
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize(("after", "code"), [("", 0), ("raise Stopped('got SIGTERM')", 75)])
+def test_a_run_that_nobody_listens_to_ends_as_it_would(
+    after: str, code: int, stream: str, unread: TextIO, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", unread)
-    with logs.speaking("text", silent=False):
-        logs.say(logging.WARNING, "first")
-        logs.say(logging.WARNING, "second")
+    done = apart(STOPPED.format(folder=tmp_path, streams="", after=after), **{stream: unread})
+    assert done.returncode == code, done
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_was_closed_from_the_start_changes_nothing(stream: str, tmp_path: Path) -> None:
+    closed = STOPPED.format(folder=tmp_path, streams=f"sys.{stream} = None", after="raise Stopped('x')")
+    assert apart(closed).returncode == 75
 
 
 def test_help_says_defaults() -> None:

@@ -21,12 +21,14 @@ def chats(lengths: list[int]) -> list[Prompt]:
 
 
 def at_most(longest: int):
-    """A check with room for so many characters."""
+    """A check with room for so many characters, each by a setting of its own."""
 
     def check(row: Prompt) -> None:
         if (size := len(row.messages[0]["content"])) > longest:
             raise TooLongError(
-                f"{row.source} row {row.index}: {size} characters, more than {longest}", size - longest
+                f"{row.source} row {row.index}: {size} characters, more than {longest}",
+                by=size - longest,
+                limit=f"most_{longest}",
             )
 
     return check
@@ -83,6 +85,18 @@ def test_what_is_left_out_is_named_and_said(caplog, too_long):
     }
     assert f"2 of 4 rows are longer than there is room for, the longest: {left_out[0].detail}" in caplog.text
     assert f"by rollout.too_long={too_long} they are left out" in caplog.text
+
+
+def test_of_each_limit_the_longest_is_said():
+    checks = [at_most(10), at_most(8)]
+    with pytest.raises(DataError, match="4 of 4") as caught:
+        fitting(DATA, chats([9, 11, 12, 9]), checks, RolloutConfig(), least=1)
+    assert (
+        "the longest: chats row 2: 12 characters, more than 8; chats row 2: 12 characters, more than 10; "
+        in str(caught.value)
+    )
+    with pytest.raises(DataError, match="the longest: chats row 1: 10 characters, more than 8; raise"):
+        fitting(DATA, chats([9, 10]), checks, RolloutConfig(), least=1)
 
 
 def test_by_default_they_end_the_run_before_it_begins():

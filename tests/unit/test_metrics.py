@@ -296,8 +296,6 @@ def test_a_run_goes_on_where_nobody_reads_how_it_goes(
     with MetricsLog(tmp_path, total_steps=3, progress=True, every=1) as log:
         for step in range(3):
             log.log(step, {"loss": 1.0})
-    with pytest.raises(BrokenPipeError):  # it was asked to write
-        print("more", file=unread)
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
 
 

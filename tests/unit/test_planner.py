@@ -169,8 +169,7 @@ def said_of(run: Shapes, room: float, part: str) -> dict[str, str]:
         if not line.startswith("  "):
             break
         what, _, saved = line.strip().rpartition(": ")
-        found[what], _, enough = saved.partition(", ")
-        assert enough in ("", "enough")
+        found[what] = saved
     return found
 
 
@@ -193,8 +192,6 @@ def test_what_makes_a_step_smaller_is_said_as_the_compiler_counts_it(mesh, unche
     parts = {n: other(f"optimizer.gradient_accumulation_steps={n}") for n in (2, 4, 8)}
     said = said_of(run, whole - parts[4], "a step")
     assert parts[2] < parts[4] < parts[8]
-    lines = advice(run, run.step(), run.sampling(), whole - parts[4])
-    assert f"  optimizer.gradient_accumulation_steps=4: {size(parts[4])}, enough" in lines
     assert said["optimizer.gradient_accumulation_steps=4"] == size(parts[4])
     assert said["student.remat=layer"] == size(other("student.remat=layer"))
     assert "none of them is enough alone" not in said and not any("max_new_tokens" in what for what in said)

@@ -100,7 +100,8 @@ def test_a_text_may_be_any_bytes_and_may_come_from_stdin(
 
 
 def test_of_a_runs_data_what_is_said_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = [{"type": "text", "text": "10 "}, {"type": "image"}, {"type": "text", "text": "h"}]
+    image = {"type": "image", "text": None}
+    parts = [{"type": "text", "text": "10 "}, image, {"type": "text", "text": "h"}]
     rows = [
         {"messages": [{"role": "user", "content": "no"}], "answer": "no", "response": "10 h"},
         {"messages": [{"role": "user", "content": "no"}], "answer": "10 h"},
@@ -112,11 +113,21 @@ def test_of_a_runs_data_what_is_said_counts(tmp_path: Path, capsys: pytest.Captu
     ]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert from_data(file) == {"mine": [b"10 h"] * 3, "b": ["é".encode()]}
+    assert from_data(file).texts == {"mine": [b"10 h"] * 3, "b": ["é".encode()]}
     assert main([*PAIR, "--data", str(file)]) == 0
-    assert re.search(r"^mine .*\nb ", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^mine .*\nb ", out, re.MULTILINE) and "the words of 4 of 4 rows" in out
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    file.write_text(json.dumps({"messages": [rows[0]["messages"][0], call]}) + "\n")
+    # A call of a tool says nothing of its own: the prompt does.
+    file.write_text(json.dumps({"messages": [rows[1]["messages"][0], call]}) + "\n")
+    assert from_data(file).texts == {"mine": [b"no"]}
+    # Many rows are spread over the file.
+    many = [{"messages": rows[0]["messages"], "answer": str(n)} for n in range(2500)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in many))
+    found = from_data(file)
+    assert found.texts["mine"] == [str(n).encode() for n in range(0, 2500, 3)]
+    assert found.note == "These are the words of 834 of 2,500 rows."
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}) + "\n")
     assert main([*PAIR, "--data", str(file)]) == 2
     assert "no row has text to align" in capsys.readouterr().err
 

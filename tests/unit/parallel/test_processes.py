@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from jax.errors import JaxRuntimeError
 
+from jaxdistill import errors
 from jaxdistill.batch import Mean
 from jaxdistill.errors import ConfigError, ProcessError, SamplerUnavailable, TeacherUnavailable
 from jaxdistill.evaluation import EvalConfig, Evaluator
@@ -164,6 +165,12 @@ def test_all_end_as_the_one_that_failed(second):
     second({0: fine, 2: fine})
     with processes.together("x"):
         pass
+
+
+@pytest.mark.parametrize("kind", [name for name, one in vars(errors).items() if isinstance(one, type)])
+def test_every_error_of_ours_travels(kind):
+    theirs = processes._theirs(2, "x", kind, "gone")
+    assert type(theirs) is getattr(errors, kind) and str(theirs) == "process 2: gone"
 
 
 def test_an_evaluation_ends_alike_where_one_gets_no_responses(second):
