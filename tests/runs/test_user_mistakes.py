@@ -193,7 +193,7 @@ MISTAKES = [
         "a prompt that is too long",
         "rollout.max_prompt_tokens=8",
         "more than rollout.max_prompt_tokens=8",
-        "heldout row 0",
+        "assets/toy/heldout.jsonl line 16",
         "rollout.too_long=drop",
     ),
     # --- models and tokenizers
